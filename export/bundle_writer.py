@@ -1,0 +1,214 @@
+"""Networks in torch -> a bundle folder: the graphs of the design, checked, and the manifest with their hashes.
+
+A bundle appears whole or not at all: everything is written to a hidden folder beside the target, which gets
+its name only when the last file is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.errors import BacklineError
+from engine.manifest import GRAPHS, Manifest
+from export.onnx_writer import OPSET, Input, Shape, write_graph
+
+MANIFEST = "manifest.json"
+Progress = Callable[[str, float], None]
+
+
+def export_bundle(
+    out: Path,
+    manifest: Manifest,
+    networks: Mapping[str, torch.nn.Module],
+    *,
+    half: bool = False,
+    extra: Mapping[str, bytes] | None = None,
+    times: Sequence[int] = (16, 24),
+    tolerance: float | None = None,
+    force: bool = False,
+    callback: Progress | None = None,
+) -> Manifest:
+    """Write `networks` (graph name -> module) and `extra` files as the bundle `out`; return the manifest as written.
+
+    A module is called with its graph's inputs in the order of `graph_inputs`, and each graph is compared with
+    it at batches 1 and 2 and at the latent lengths `times` (two, multiples of what the networks downsample by).
+    `half` stores weights in float16. How far each graph is from torch goes into the manifest's provenance.
+
+    Raises BacklineError where `out` exists (without `force`), cannot be written or the disk is full, and
+    onnx_writer.ExportMismatch where a graph does not match its module. Nothing is left at `out` then.
+    """
+    unknown = sorted(set(networks) - set(GRAPHS))
+    if unknown:
+        raise ValueError(f"no such graphs: {unknown}")
+
+    def fill(folder: Path) -> Manifest:
+        errors = {}
+        for i, (graph, module) in enumerate(networks.items()):
+            if callback:
+                callback(f"writing {graph}", i / len(networks))
+            errors[graph] = write_graph(
+                module,
+                graph_inputs(manifest, graph),
+                graph_outputs(manifest, graph),
+                folder / f"{graph}.onnx",
+                sizes=_check_sizes(manifest, times),
+                half=half,
+                tolerance=tolerance,
+            )
+        for name, content in (extra or {}).items():
+            (folder / name).write_bytes(content)
+        export = {
+            "opset": OPSET,
+            "weights": "float16" if half else "float32",
+            "relative_error": {graph: float(f"{error:.1e}") for graph, error in errors.items()},
+        }
+        return manifest.model_copy(update={"provenance": {**manifest.provenance, "export": export}})
+
+    written = write_bundle(out, fill, force=force)
+    if callback:
+        callback("done", 1.0)
+    return written
+
+
+def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
+    """The inputs of a graph in call order, as design and manifest fix them; strings are dynamic axes."""
+    stems, z, window, f = manifest.latent_shape
+    mels = manifest.mel.n_mels
+    t: int | str = "time" if manifest.dynamic_window else window
+    if graph == "unet":
+        declared = set(manifest.capabilities)
+        optional = [
+            (manifest.film_dim is not None, Input("film", ("batch", manifest.film_dim or 0))),
+            ("context" in declared, Input("context", ("batch", stems, z, t, f))),
+            ("context" in declared, Input("context_mask", ("batch", stems, t))),
+            ("mixture" in declared, Input("mixture", ("batch", z, t, f))),
+            ("mixture" in declared, Input("mixture_mask", ("batch", t))),
+            ("mixture" in declared, Input("mixture_stems", ("batch", stems))),
+            ("grid" in declared, Input("grid", ("batch", t, 6))),
+            ("chords" in declared, Input("chords", ("batch", t, 25))),
+        ]
+        return [
+            Input("latents", ("batch", stems, z, t, f)),
+            Input("timestep", ("batch",), "int64", high=manifest.schedule.steps),
+            *(item for wanted, item in optional if wanted),
+        ]
+    if graph == "vae_encoder":
+        return [Input("mel", ("batch", 1, "frames", mels))]
+    if graph == "vae_decoder":
+        return [Input("latents", ("batch", z, "time", f))]
+    if graph == "vocoder":
+        return [Input("mel", ("batch", mels, "frames"))]
+    if graph == "clap_text":
+        return [
+            Input("input_ids", ("batch", "length"), "int64", high=64),
+            Input("attention_mask", ("batch", "length"), "mask"),
+        ]
+    if manifest.clap is not None and manifest.clap.audio_input == "audio":
+        return [Input("audio", ("batch", manifest.clap.samples or 0))]
+    return [Input("mel", ("batch", 1, "frames", mels))]
+
+
+def graph_outputs(manifest: Manifest, graph: str) -> dict[str, Shape]:
+    """The outputs of a graph, as `graph_inputs`."""
+    stems, z, window, f = manifest.latent_shape
+    t: int | str = "time" if manifest.dynamic_window else window
+    shapes: dict[str, dict[str, Shape]] = {
+        "unet": {"prediction": ("batch", stems, z, t, f)},
+        "vae_encoder": {"moments": ("batch", 2 * z, "time", f)},
+        "vae_decoder": {"mel": ("batch", 1, "frames", manifest.mel.n_mels)},
+        "vocoder": {"audio": ("batch", 1, "samples")},
+        "clap_text": {"embedding": ("batch", manifest.film_dim or 0)},
+        "clap_audio": {"embedding": ("batch", manifest.film_dim or 0)},
+    }
+    return shapes[graph]
+
+
+def write_bundle(out: Path, fill: Callable[[Path], Manifest], *, force: bool = False) -> Manifest:
+    """Make the folder `out` from what `fill(folder)` writes into a folder and the manifest it returns.
+
+    The manifest's `files` is set here to the sha256 of every file. Raises BacklineError where `out` exists
+    (`force` replaces a bundle or an empty folder, never anything else), or where it cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        if not force:
+            raise BacklineError(f"{out} exists; pass --force to replace it.")
+        if not _replaceable(out):
+            raise BacklineError(f"{out} exists and is no bundle, so it is not replaced.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BacklineError(f"{out} cannot be written: {error.strerror}.") from error
+    try:
+        manifest = fill(folder)
+        manifest = manifest.model_copy(update={"files": hash_files(folder)})
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        for path in folder.iterdir():
+            _sync(path)
+        folder.chmod(0o755)
+        _replace(folder, out)
+    except OSError as error:
+        raise BacklineError(f"{out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """File name -> sha256 (hex) of every file in `folder` but the manifest, sorted by name."""
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    return {path.name: _sha256(path) for path in paths}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sizes(manifest: Manifest, times: Sequence[int]) -> list[dict[str, int]]:
+    """Axis sizes to check every graph at: batch and length both change from one set to the next."""
+    frames, vocoder = manifest.latent.frames, manifest.vocoder
+    return [
+        {
+            "batch": 1 + i % 2,
+            "time": time,
+            "frames": time * frames,
+            "samples": time * frames * vocoder.hop + vocoder.trim,
+            "length": 5 + 2 * i,
+        }
+        for i, time in enumerate(times)
+    ]
+
+
+def _replaceable(out: Path) -> bool:
+    return out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an old bundle there steps aside first, so that `out` is never half of each."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        folder.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
