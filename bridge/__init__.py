@@ -1,0 +1,1 @@
+"""The command, and later the daemon: what stands between a user or a DAW and the engine."""

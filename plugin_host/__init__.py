@@ -1,0 +1,1 @@
+"""The track host: tracks, arm, bounce; the built-in session host."""
