@@ -1,4 +1,4 @@
-"""Networks in torch -> a bundle folder: the graphs of the design, checked, and the manifest with their hashes.
+"""Networks in torch -> a bundle folder: the graphs of the design, checked, and a manifest with their hashes.
 
 A bundle appears whole or not at all: everything is written to a hidden folder beside the target, which gets
 its name only when the last file is on disk.
@@ -35,10 +35,10 @@ def export_bundle(
     force: bool = False,
     callback: Progress | None = None,
 ) -> Manifest:
-    """Write `networks` (graph name -> module) and `extra` files as the bundle `out`; return the manifest as written.
+    """Write `networks` (graph name -> module) and `extra` files as the bundle `out`; return its manifest.
 
     A module is called with its graph's inputs in the order of `graph_inputs`, and each graph is compared with
-    it at batches 1 and 2 and at the latent lengths `times` (two, multiples of what the networks downsample by).
+    it at batches 1 and 2 and at the latent lengths `times`, two multiples of what the networks downsample by.
     `half` stores weights in float16. How far each graph is from torch goes into the manifest's provenance.
 
     Raises BacklineError where `out` exists (without `force`), cannot be written or the disk is full, and
@@ -194,7 +194,7 @@ def _replaceable(out: Path) -> bool:
 
 
 def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an old bundle there steps aside first, so that `out` is never half of each."""
+    """Rename `folder` to `out`; an old bundle there steps aside first: `out` is never half of each."""
     if not out.exists():
         folder.rename(out)
         return

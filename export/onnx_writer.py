@@ -62,7 +62,7 @@ def write_graph(
     external: bool | None = None,
     seed: int = 0,
 ) -> float:
-    """Write `module`, called with the inputs in order, as the ONNX file `path`; return its worst relative error.
+    """Write `module`, called with the inputs in order, as the ONNX file `path`; return its worst error.
 
     `sizes` gives values for every dynamic axis of the inputs, two different sets or more: the module is
     traced at the first and compared at each, max|onnx - torch| / max|torch| per output. `half` stores
@@ -106,8 +106,8 @@ def compare(
         expected = _run_torch(module, feed)
         try:
             written = session.run(list(outputs), dict(feed))
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise ExportMismatch(f"{path.name} at {dict(size)} does not run: {error}") from error
+        except Exception as failure:  # onnxruntime's exceptions share no base class
+            raise ExportMismatch(f"{path.name} at {dict(size)} does not run: {failure}") from failure
         for (name, shape), a, b in zip(outputs.items(), written, expected, strict=True):
             where = f"{path.name}: output {name!r} at {dict(size)}"
             _check_shape(where, np.asarray(a).shape, b.shape, shape, size)
@@ -224,7 +224,7 @@ def _attach_weights(
     )
     apart = external if external is not None else total > INLINE_LIMIT
     with contextlib.ExitStack() as stack:
-        data = stack.enter_context(open(_data_path(path), "wb")) if apart else None
+        data = stack.enter_context(_data_path(path).open("wb")) if apart else None
         for name in weights:
             array = state[name].detach().cpu().contiguous().numpy()
             stored = array.astype(np.float16) if name in halved else array
