@@ -1,0 +1,1 @@
+"""Bundles, ONNX sessions, features, samplers, posteriors and the tasks: generate, fill, split."""

@@ -1,0 +1,173 @@
+"""The bundle schema: everything model specific that the engine knows, read from `manifest.json`.
+
+The engine has no model constants. `export/` and `training/` write this file, the engine reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio")
+Capability = Literal[
+    "text", "audio", "context", "mixture", "grid", "chords", "distilled"
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Mel(_Part):
+    """Geometry of the log mel spectrogram the VAE reads and the vocoder inverts.
+
+    Frames are centred (reflect padding of n_fft / 2); the spectrum is a magnitude; the filters are
+    Slaney's with area normalisation (librosa's default); the log is natural, of
+    `max(magnitude, floor)`.
+    """
+
+    sample_rate: int = Field(gt=0, description="Hz")
+    n_fft: int = Field(gt=0)
+    win_length: int = Field(gt=0)
+    hop: int = Field(gt=0, description="samples per mel frame")
+    n_mels: int = Field(gt=0)
+    f_min: float = Field(ge=0, description="Hz")
+    f_max: float = Field(gt=0, description="Hz")
+    floor: float = Field(gt=0, description="magnitudes are clamped here before the log")
+
+
+class Latent(_Part):
+    """Latents are (Z, T, F) per stem; one latent frame spans `frames` mel frames."""
+
+    channels: int = Field(gt=0, description="Z")
+    frames: int = Field(gt=0, description="mel frames per latent frame, so T = mel frames / this")
+    freq: int = Field(gt=0, description="F")
+    scale_factor: float = Field(gt=0, description="the UNet sees latent x scale_factor")
+
+
+class NoiseSchedule(_Part):
+    """`linear_sqrt`: beta_t is the square of a line from sqrt(start) to sqrt(end) (latent diffusion)."""
+
+    kind: Literal["linear_sqrt"] = "linear_sqrt"
+    start: float = Field(gt=0)
+    end: float = Field(gt=0)
+    steps: int = Field(gt=1)
+
+
+class Vocoder(_Part):
+    """audio samples = mel frames x hop + trim, at `sample_rate`; the last `trim` samples are cut."""
+
+    sample_rate: int = Field(gt=0, description="Hz")
+    hop: int = Field(gt=0, description="samples written per mel frame")
+    trim: int = Field(ge=0, description="extra samples the graph returns at the end")
+
+
+class Sampling(_Part):
+    """Defaults that a job may override."""
+
+    sampler: Literal["ddim", "dpmpp_2m", "euler"] = "ddim"
+    steps: int = Field(gt=0)
+    eta: float = Field(default=0.0, ge=0, le=1)
+    guidance: float = Field(default=1.0, ge=0, description="1.0 needs no unconditional pass")
+
+
+class Clap(_Part):
+    """How the text and audio towers are fed; both return (B, film_dim) embeddings.
+
+    clap_text.onnx: input_ids (B, L) i64, attention_mask (B, L) i64 -> embedding.
+    clap_audio.onnx: `mel` (B, 1, frames, mels) in the bundle's own geometry, or
+    `audio` (B, samples) at `sample_rate` with exactly `samples` samples -> embedding.
+    """
+
+    tokenizer: str | None = Field(default=None, description="file in the bundle (Hugging Face tokenizers JSON)")
+    max_tokens: int = 77
+    audio_input: Literal["mel", "audio"] = "mel"
+    sample_rate: int | None = Field(default=None, description="Hz, when audio_input is 'audio'")
+    samples: int | None = Field(default=None, description="fixed input length, when audio_input is 'audio'")
+
+
+class Grid(_Part):
+    """Layout of the `grid` input (B, T, 6), at the centre time of each latent frame.
+
+    sin and cos of 2 pi beat phase, sin and cos of 2 pi bar phase, log2(bpm / 120), 1 (known).
+    All zeros: unknown.
+    """
+
+    channels: Literal[6] = 6
+
+
+class Chords(_Part):
+    """Layout of the `chords` input (B, T, 25): root one-hot (C = 0), chord tones, 1 (known)."""
+
+    channels: Literal[25] = 25
+
+
+class Level(_Part):
+    """The level the model was trained at.
+
+    A signal's level is 10 log10 of the mean squared mel magnitude over all frames and bands (dB).
+    The engine brings a mixture to `mixture_db`, a context of some stems to `context_db`, and takes
+    the gain back from what the model writes.
+    """
+
+    mixture_db: float
+    context_db: float
+
+
+class Manifest(_Part):
+    """manifest.json. Raises pydantic.ValidationError on anything unknown or out of range."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    version: str = "0"
+    licence: str
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    stems: tuple[str, ...]
+    mel: Mel
+    latent: Latent
+    vocoder: Vocoder
+    schedule: NoiseSchedule
+    prediction: Literal["eps", "v", "x0"]
+    sampling: Sampling
+    window_frames: int = Field(gt=0, description="latent frames in a window, T")
+    dynamic_window: bool = Field(default=True, description="whether the UNet takes other T than window_frames")
+    capabilities: tuple[Capability, ...] = ()
+    film_dim: int | None = Field(default=None, description="E; None: the UNet has no `film` input")
+    film_uncond: tuple[float, ...] | None = Field(default=None, description="(E,), used for no prompt")
+    clap: Clap | None = None
+    grid: Grid | None = None
+    chords: Chords | None = None
+    level: Level | None = Field(default=None, description="None: audio is used at the level it comes")
+    networks: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="the configuration dataclass of each network, by graph name"
+    )
+    files: dict[str, str] = Field(default_factory=dict, description="file name -> sha256, every file but this one")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        declared = set(self.capabilities)
+        if (self.film_dim is None) != (self.film_uncond is None):
+            raise ValueError("film_dim and film_uncond go together")
+        if self.film_uncond is not None and len(self.film_uncond) != self.film_dim:
+            raise ValueError(f"film_uncond has {len(self.film_uncond)} values, film_dim says {self.film_dim}")
+        if declared & {"text", "audio"} and (self.clap is None or self.film_dim is None):
+            raise ValueError("the capabilities text and audio need clap and film_dim")
+        if "text" in declared and self.clap is not None and self.clap.tokenizer is None:
+            raise ValueError("the capability text needs a tokenizer")
+        if ("grid" in declared) != (self.grid is not None):
+            raise ValueError("the capability grid and its layout go together")
+        if ("chords" in declared) != (self.chords is not None):
+            raise ValueError("the capability chords and its layout go together")
+        return self
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(S, Z, T, F) of one window."""
+        return len(self.stems), self.latent.channels, self.window_frames, self.latent.freq
+
+    @property
+    def window_samples(self) -> int:
+        """Length of one window in samples at the mel's rate."""
+        return self.window_frames * self.latent.frames * self.mel.hop

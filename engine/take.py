@@ -1,0 +1,110 @@
+"""What every task takes and returns: settings, a take, progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.audio import Audio, empty
+from engine.errors import UsageError
+from engine.manifest import Manifest
+from engine.model import Model
+from engine.samplers import SAMPLERS
+
+Callback = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; None takes the bundle's own default.
+
+    seed: the same seed gives the same bytes on the same device. eta: 0 deterministic .. 1 as much fresh
+    noise as the model's own process. guidance: weight of the prompt, 1 is none. gamma: width of the
+    Gaussian posterior in units of sigma.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    eta: float | None = None
+    gamma: float = 1.0
+
+
+@dataclass(frozen=True)
+class Take:
+    """stems: audio by stem name; record: what take.json says, enough to make the take again."""
+
+    stems: dict[str, Audio]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def mix(self) -> Audio:
+        """The sum of the stems."""
+        parts = list(self.stems.values())
+        total = empty(*parts[0].samples.shape)
+        for part in parts:
+            total += part.samples
+        return Audio(total, parts[0].sample_rate)
+
+
+def resolve(settings: Settings, manifest: Manifest) -> Settings:
+    """Every None filled in from the manifest. Raises UsageError for values out of range."""
+    defaults = manifest.sampling
+    resolved = Settings(
+        seed=settings.seed,
+        steps=defaults.steps if settings.steps is None else settings.steps,
+        sampler=defaults.sampler if settings.sampler is None else settings.sampler,
+        guidance=defaults.guidance if settings.guidance is None else settings.guidance,
+        eta=defaults.eta if settings.eta is None else settings.eta,
+        gamma=settings.gamma,
+    )
+    assert resolved.steps is not None and resolved.guidance is not None and resolved.eta is not None
+    if not 0 <= resolved.seed < 1 << 63:
+        raise UsageError(f"The seed must be 0 or more and below 2^63, not {resolved.seed}.")
+    if resolved.sampler not in SAMPLERS:
+        raise UsageError(f"There is no sampler {resolved.sampler!r}: choose {', '.join(SAMPLERS)}.")
+    if not 1 <= resolved.steps <= manifest.schedule.steps:
+        raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {resolved.steps}.")
+    if not 0 <= resolved.eta <= 1:
+        raise UsageError(f"eta must be 0 to 1, not {resolved.eta}.")
+    if not (np.isfinite(resolved.guidance) and resolved.guidance >= 0):
+        raise UsageError(f"The guidance must be 0 or more, not {resolved.guidance}.")
+    if not (np.isfinite(resolved.gamma) and resolved.gamma > 0):
+        raise UsageError(f"gamma must be above 0, not {resolved.gamma}.")
+    return resolved
+
+
+def make_record(task: str, model: Model, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
+    """The record of a take, without timings. request: the task's own arguments, as plain values."""
+    return {
+        "task": task,
+        "request": request,
+        "seed": settings.seed,
+        "settings": asdict(settings),
+        "model": {"name": model.manifest.name, "version": model.manifest.version},
+        "provider": model.provider,
+        "device": model.device,
+        "threads": model.threads,
+        "warnings": list(model.warnings),
+    }
+
+
+def clock(phases: dict[str, float], phase: str, started: float) -> float:
+    """Adds the time since `started` to a phase, in seconds; returns now."""
+    now = time.perf_counter()
+    phases[phase] = round(phases.get(phase, 0.0) + now - started, 4)
+    return now
+
+
+def stretch(callback: Callback | None, phase: str, start: float, end: float) -> Callable[[float], None]:
+    """A function of 0..1 that reports this phase as the part start..end of the whole job."""
+
+    def report(fraction: float) -> None:
+        if callback is not None:
+            callback(phase, start + (end - start) * min(1.0, fraction))
+
+    return report

@@ -1,0 +1,291 @@
+"""The tasks: generate a band, fill in missing stems, split a mix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.audio import Audio, check, empty, fit, is_silent, resample
+from engine.conditions import check_tempo, chords_condition, grid_condition, parse_chords, prompt_film
+from engine.errors import UsageError
+from engine.listening import gain_to, model_signal, signal_level, window_mel
+from engine.manifest import Manifest
+from engine.model import Model
+from engine.separation import split as split
+from engine.take import Callback, Settings, Take, clock, make_record, resolve, stretch
+from engine.windows import (
+    Conditions,
+    Known,
+    Report,
+    decode_timeline,
+    nothing_known,
+    sample_timeline,
+    timeline_frames,
+    vocode_timeline,
+)
+
+FloatArray = NDArray[np.float32]
+
+MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
+
+
+def generate(
+    model: Model,
+    *,
+    seconds: float,
+    text: str | None = None,
+    audio: Audio | None = None,
+    bpm: float | None = None,
+    chords: str | None = None,
+    beats_per_bar: int = 4,
+    first_beat: float = 0.0,
+    settings: Settings | None = None,
+    callback: Callback | None = None,
+) -> Take:
+    """All stems, round(seconds * rate) samples each, mono at the vocoder's rate.
+
+    text, audio: prompts. bpm, beats_per_bar, first_beat (seconds): the tempo grid. chords: a chart such as
+    "C | Am | F G | G7", one cell a bar, repeated over the length. callback(phase, fraction of the job)
+    raises to cancel. Raises UsageError for a request that the model cannot meet.
+    """
+    settings = resolve(settings or Settings(), model.manifest)
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise UsageError(f"The length must be {MIN_SECONDS:g} to {MAX_SECONDS:g} s, not {seconds:g}.")
+    timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
+    started = time.perf_counter()
+    stretch(callback, "listen", 0.0, 0.05)(0.0)
+    conditions = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
+    started = clock(timings, "listen", started)
+    latents = sample_timeline(
+        model,
+        timeline_frames(model.manifest, seconds),
+        settings,
+        known=nothing_known(model),
+        conditions=conditions,
+        report=stretch(callback, "sample", 0.05, 0.8),
+    )
+    started = clock(timings, "sample", started)
+    rate = model.manifest.vocoder.sample_rate
+    rendered = _render(model, latents, callback)
+    stems = {
+        name: Audio(fit(rendered[i : i + 1], round(seconds * rate)), rate)
+        for i, name in enumerate(model.manifest.stems)
+    }
+    clock(timings, "render", started)
+    request = _request(text, audio, bpm, chords, beats_per_bar, first_beat) | {"seconds": seconds}
+    return Take(stems, make_record("generate", model, settings, request) | {"timings": timings})
+
+
+def fill(
+    model: Model,
+    context: Mapping[str, Audio],
+    armed: Sequence[str],
+    *,
+    silent: Sequence[str] = (),
+    text: str | None = None,
+    audio: Audio | None = None,
+    bpm: float | None = None,
+    chords: str | None = None,
+    beats_per_bar: int = 4,
+    first_beat: float = 0.0,
+    other: Audio | None = None,
+    settings: Settings | None = None,
+    callback: Callback | None = None,
+) -> Take:
+    """The armed stems, to go with the context: at its rate, its length and its highest channel count.
+
+    context: the known stems, all at one rate; shorter ones are padded with silence; one that is armed
+    is not listened to. silent: stems known to be silent. A stem that is none of these is unknown: it is
+    generated along and thrown away. other: a mix of other material to listen to (capability `mixture`).
+    The rest as in `generate`.
+    Raises UsageError for unknown, contradictory or missing stems and unequal rates.
+    """
+    settings = resolve(settings or Settings(), model.manifest)
+    known = {name: audio_ for name, audio_ in context.items() if name not in armed}
+    _check_stems(model.manifest, known, armed, silent)
+    for name, part in known.items():
+        check(part, f"The stem {name}")
+    if other is not None:
+        check(other, "The other material")
+        if "mixture_stems" not in model.inputs("unet"):
+            raise UsageError(
+                f"The model {model.manifest.name} cannot listen to other material than its stems."
+            )
+    rate, length, channels = _common_shape(list(known.values()) or [part for part in [other] if part])
+
+    timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
+    started = time.perf_counter()
+    listen = stretch(callback, "listen", 0.0, 0.05)
+    listen(0.0)
+    signals: dict[str, FloatArray] = {}
+    for name, part in known.items():
+        signals[name] = model_signal(part, model.manifest)
+        listen(len(signals) / (len(known) + 1))
+    heard = None if other is None else model_signal(other, model.manifest)
+    gain = _context_gain(model.manifest, signals, heard)
+    told = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
+    started = clock(timings, "listen", started)
+
+    latents = sample_timeline(
+        model,
+        timeline_frames(model.manifest, length / rate),
+        settings,
+        known=_context_latents(model, signals, silent, gain),
+        conditions=told if heard is None else _with_other(model, told, heard, gain),
+        report=stretch(callback, "sample", 0.05, 0.8),
+    )
+    started = clock(timings, "sample", started)
+    wanted = [name for name in model.manifest.stems if name in armed]
+    rows = [model.manifest.stems.index(name) for name in wanted]
+    rendered = _render(model, latents[rows], callback)
+    rendered /= np.float32(gain)
+    at_rate = fit(resample(Audio(rendered, model.manifest.vocoder.sample_rate), rate).samples, length)
+    stems = {
+        name: Audio(np.broadcast_to(at_rate[i], (channels, length)), rate) for i, name in enumerate(wanted)
+    }
+    clock(timings, "render", started)
+    request = _request(text, audio, bpm, chords, beats_per_bar, first_beat) | {
+        "armed": wanted,
+        "context": sorted(known),
+        "silent": sorted(silent),
+        "other": other is not None,
+        "seconds": length / rate,
+    }
+    record = make_record("fill", model, settings, request) | {"timings": timings}
+    if all(is_silent(part) for part in known.values()) and heard is None:
+        record["warnings"].append("The context is silent: there was nothing to play along with.")
+    return Take(stems, record)
+
+
+def _told(
+    model: Model,
+    text: str | None,
+    audio: Audio | None,
+    bpm: float | None,
+    chords: str | None,
+    beats_per_bar: int,
+    first_beat: float,
+) -> Conditions:
+    """Prompt, tempo and chords as UNet inputs of any window. Raises UsageError as the task does."""
+    manifest = model.manifest
+    check_tempo(manifest, bpm, beats_per_bar, chords)
+    chart = None if chords is None else parse_chords(chords)
+    film = prompt_film(model, text, None if audio is None else check(audio, "The audio prompt"))
+
+    def conditions(start: int, frames: int) -> dict[str, FloatArray]:
+        told: dict[str, FloatArray] = {}
+        if film is not None:
+            told["film"] = film
+        if bpm is not None and model.supports("grid"):
+            told["grid"] = grid_condition(manifest, start, frames, bpm, beats_per_bar, first_beat)
+        if bpm is not None and chart is not None:
+            told["chords"] = chords_condition(manifest, start, frames, chart, bpm, beats_per_bar, first_beat)
+        return told
+
+    return conditions
+
+
+def _with_other(model: Model, told: Conditions, heard: FloatArray, gain: float) -> Conditions:
+    """The conditions and the other material as a mixture that holds none of the stems."""
+
+    def conditions(start: int, frames: int) -> dict[str, FloatArray]:
+        mixture = model.encode(window_mel(heard, model.manifest, start, frames, gain)[None])
+        return told(start, frames) | {
+            "mixture": mixture,
+            "mixture_mask": np.ones((1, frames), np.float32),
+            "mixture_stems": np.zeros((1, len(model.manifest.stems)), np.float32),
+        }
+
+    return conditions
+
+
+def _context_latents(
+    model: Model, signals: Mapping[str, FloatArray], silent: Sequence[str], gain: float
+) -> Known:
+    """Latents and mask of the known stems, whole windows of them."""
+    manifest = model.manifest
+    blank = nothing_known(model)
+    quiet = np.zeros(1, np.float32)
+
+    def known(start: int, frames: int) -> tuple[FloatArray, FloatArray]:
+        latents, mask = blank(start, frames)
+        sources = dict(signals) | dict.fromkeys(silent, quiet)
+        if not sources:
+            return latents, mask
+        rows = [manifest.stems.index(name) for name in sources]
+        mels = [window_mel(signal, manifest, start, frames, gain) for signal in sources.values()]
+        latents[rows] = model.encode(np.stack(mels))
+        mask[rows] = 1
+        return latents, mask
+
+    return known
+
+
+def _context_gain(manifest: Manifest, signals: Mapping[str, FloatArray], heard: FloatArray | None) -> float:
+    """What brings the context (or, without one, the other material) to the level the model was trained at."""
+    if manifest.level is None:
+        return 1.0
+    if signals:
+        total = empty(max(len(signal) for signal in signals.values()))
+        for signal in signals.values():
+            total[: len(signal)] += signal
+        return gain_to(manifest.level.context_db, signal_level(total, manifest))
+    return 1.0 if heard is None else gain_to(manifest.level.mixture_db, signal_level(heard, manifest))
+
+
+def _check_stems(
+    manifest: Manifest, known: Mapping[str, Audio], armed: Sequence[str], silent: Sequence[str]
+) -> None:
+    for name in [*armed, *silent, *known]:
+        if name not in manifest.stems:
+            raise UsageError(f"There is no stem {name!r}: this model plays {', '.join(manifest.stems)}.")
+    if not armed:
+        raise UsageError("No stem is armed: say which to play.")
+    if set(armed) == set(manifest.stems):
+        raise UsageError("All stems are armed: that is generate, not fill.")
+    for name in silent:
+        if name in armed or name in known:
+            raise UsageError(
+                f"The stem {name} cannot be both silent and {'armed' if name in armed else 'given'}."
+            )
+
+
+def _common_shape(parts: Sequence[Audio]) -> tuple[int, int, int]:
+    """(rate, longest length, most channels). Raises UsageError where nothing is given or rates differ."""
+    if not parts:
+        raise UsageError("There is no context: give at least one stem that is not armed, or use generate.")
+    rates = sorted({part.sample_rate for part in parts})
+    if len(rates) > 1:
+        raise UsageError(
+            f"The stems have different sample rates ({', '.join(map(str, rates))} Hz): make them one."
+        )
+    return rates[0], max(part.length for part in parts), max(part.channels for part in parts)
+
+
+def _render(model: Model, latents: FloatArray, callback: Callback | None) -> FloatArray:
+    """(N, Z, total, F) -> audio (N, samples) at the vocoder's rate."""
+    decoding: Report = stretch(callback, "render", 0.8, 0.85)
+    vocoding: Report = stretch(callback, "render", 0.85, 1.0)
+    return vocode_timeline(model, decode_timeline(model, latents, decoding), vocoding)
+
+
+def _request(
+    text: str | None,
+    audio: Audio | None,
+    bpm: float | None,
+    chords: str | None,
+    beats: int,
+    first_beat: float,
+) -> dict[str, Any]:
+    return {
+        "text": text,
+        "audio": None if audio is None else round(audio.seconds, 3),
+        "bpm": bpm,
+        "chords": chords,
+        "beats_per_bar": beats,
+        "first_beat": first_beat,
+    }

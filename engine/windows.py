@@ -1,0 +1,164 @@
+"""Any length by overlapping windows: sampling latents, decoding and vocoding them without a seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.audio import empty
+from engine.denoisers import guided, inpainted
+from engine.manifest import Manifest
+from engine.model import Model
+from engine.samplers import SAMPLERS, Denoiser
+from engine.take import Settings
+
+FloatArray = NDArray[np.float32]
+Report = Callable[[float], None]
+# Latents (S, Z, T, F) and a mask (S, T) of what is known in latent frames start .. start + T.
+Known = Callable[[int, int], tuple[FloatArray, FloatArray]]
+Conditions = Callable[[int, int], dict[str, FloatArray]]
+Wrap = Callable[[Denoiser, int, int], Denoiser]
+
+SEAM = 4  # a quarter of a window is given to the next one as context
+BLEND = 8  # an eighth of a window is crossfaded where decoded windows meet
+SHARED_FACTOR = 8  # a shorter window keeps this common factor with the model's own, for its downsampling
+
+
+def window_starts(total: int, window: int, overlap: int) -> list[int]:
+    """Where windows begin that cover `total` frames; all fit, so the last may overlap by more."""
+    starts = list(range(0, max(1, total - overlap), window - overlap))
+    return [max(0, min(start, total - window)) for start in starts]
+
+
+def timeline_frames(manifest: Manifest, seconds: float) -> int:
+    """Latent frames that cover this time: at least a window, or a quarter where the model takes less."""
+    samples = manifest.mel.hop * manifest.latent.frames
+    wanted = int(np.ceil(seconds * manifest.mel.sample_rate / samples - 1e-9))
+    window = manifest.window_frames
+    if wanted >= window:
+        return wanted
+    if not manifest.dynamic_window:
+        return window
+    factor = gcd(window, SHARED_FACTOR)
+    shortest = max(wanted, window // 4)
+    return min(window, -(-shortest // factor) * factor)
+
+
+def sample_timeline(
+    model: Model,
+    total: int,
+    settings: Settings,
+    *,
+    known: Known,
+    conditions: Conditions,
+    wrap: Wrap | None = None,
+    report: Report,
+) -> FloatArray:
+    """(S, Z, total, F) latents, scaled. `settings` must be resolved.
+
+    Windows follow one another; what a window shares with the one before is known to it, per stem and
+    frame, as `context` where the bundle declares it and by inpainting in any case. `wrap` puts a
+    posterior around the denoiser of a window. Each window draws its noise from the seed and its number.
+    """
+    stems, channels, window, freq = model.manifest.latent_shape
+    window = min(window, total)
+    timeline = np.zeros((stems, channels, total, freq), np.float32)
+    starts = window_starts(total, window, window // SEAM)
+    done = 0
+    for number, start in enumerate(starts):
+        shared = max(0, done - start)
+        given, mask = known(start, window)
+        free = (1 - mask[:, :shared])[:, None, :, None]
+        given[:, :, :shared] += free * timeline[:, :, start:done]
+        mask[:, :shared] = 1
+        denoise = _window_denoiser(model, settings, given, mask, conditions(start, window))
+        if wrap is not None:
+            denoise = wrap(denoise, start, window)
+        rng = np.random.default_rng([settings.seed, number])
+        x = rng.standard_normal((1, stems, channels, window, freq), np.float32)
+        if mask.any():
+            denoise = inpainted(denoise, given[None], mask[None], model.schedule, x.copy())
+
+        def step(done_steps: int, steps: int, number: int = number) -> None:
+            report((number + done_steps / steps) / len(starts))
+
+        sampler = SAMPLERS[str(settings.sampler)]
+        latents = sampler(
+            denoise, x, model.schedule, steps=settings.steps, eta=settings.eta, rng=rng, callback=step
+        )
+        timeline[:, :, start + shared : start + window] = latents[0, :, :, shared:]
+        done = start + window
+    return timeline
+
+
+def nothing_known(model: Model) -> Known:
+    """The `known` of a task without context."""
+    stems, channels, _, freq = model.manifest.latent_shape
+
+    def known(start: int, frames: int) -> tuple[FloatArray, FloatArray]:
+        return np.zeros((stems, channels, frames, freq), np.float32), np.zeros((stems, frames), np.float32)
+
+    return known
+
+
+def decode_timeline(model: Model, latents: FloatArray, report: Report) -> FloatArray:
+    """(N, Z, total, F), scaled -> log mels (N, total * latent.frames, mels)."""
+    manifest = model.manifest
+    ratio = manifest.latent.frames
+    mels = empty(len(latents), latents.shape[2] * ratio, manifest.mel.n_mels)
+    window = min(manifest.window_frames, latents.shape[2])
+    starts = window_starts(latents.shape[2], window, window // BLEND)
+    done = 0
+    for number, start in enumerate(starts):
+        report(number / len(starts))
+        block = model.decode(latents[:, :, start : start + window])
+        blend(mels, block, start * ratio, max(0, done - start) * ratio)
+        done = start + window
+    report(1.0)
+    return mels
+
+
+def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> FloatArray:
+    """(N, frames, mels) -> (N, frames * vocoder.hop) at the vocoder's rate."""
+    manifest = model.manifest
+    hop = manifest.vocoder.hop
+    audio = empty(len(log_mels), log_mels.shape[1] * hop)
+    window = min(manifest.window_frames * manifest.latent.frames, log_mels.shape[1])
+    starts = window_starts(log_mels.shape[1], window, window // BLEND)
+    done = 0
+    for number, start in enumerate(starts):
+        report(number / len(starts))
+        block = model.vocode(log_mels[:, start : start + window])
+        blend(audio, block, start * hop, max(0, done - start) * hop)
+        done = start + window
+    report(1.0)
+    return audio
+
+
+def blend(target: FloatArray, block: FloatArray, start: int, shared: int) -> None:
+    """Writes a block (N, n, ...) into target (N, total, ...) at `start`; its first `shared` samples fade in.
+
+    The fade is linear: both sides come from the same latents, so they are in phase.
+    """
+    ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / max(1, shared)).reshape(
+        -1, *(1,) * (target.ndim - 2)
+    )
+    target[:, start : start + shared] *= 1 - ramp
+    target[:, start : start + shared] += ramp * block[:, :shared]
+    target[:, start + shared : start + block.shape[1]] = block[:, shared:]
+
+
+def _window_denoiser(
+    model: Model, settings: Settings, given: FloatArray, mask: FloatArray, conditions: dict[str, FloatArray]
+) -> Denoiser:
+    if model.supports("context"):
+        known = given * mask[:, None, :, None]
+        conditions = conditions | {"context": known[None], "context_mask": mask[None]}
+    denoise = model.denoiser(conditions)
+    if "film" not in conditions or settings.guidance in (None, 1.0):
+        return denoise
+    without = {name: value for name, value in conditions.items() if name != "film"}
+    return guided(denoise, model.denoiser(without), float(settings.guidance or 0.0))
