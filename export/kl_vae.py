@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from export.attention import attend
+
 
 @dataclass(frozen=True)
 class KlVaeConfig:
@@ -188,8 +190,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        mixed = functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(attend(q, k, v, heads=1).transpose(1, 2).reshape(x.shape))
 
 
 class _Downsample(nn.Module):

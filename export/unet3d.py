@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from export.attention import attend
+
 NORM_GROUPS = 32
 
 
@@ -150,12 +152,13 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        flat = x.flatten(2)
-        heads = self.qkv(self.norm(flat)).unflatten(1, (channels // self.head_width, 3, self.head_width))
-        q, k, v = heads.transpose(-1, -2).unbind(2)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        return (flat + self.proj_out(mixed.transpose(-1, -2).flatten(1, 2))).reshape(x.shape)
+        batch, channels, *size = x.shape
+        flat = x.reshape(batch, channels, size[0] * size[1] * size[2])
+        heads = channels // self.head_width
+        split = self.qkv(self.norm(flat)).reshape(batch, heads, 3, self.head_width, -1)
+        q, k, v = (split[:, :, i].flatten(1, 2).transpose(1, 2) for i in range(3))
+        mixed = attend(q, k, v, heads).transpose(1, 2)
+        return (flat + self.proj_out(mixed)).reshape(batch, channels, *size)
 
 
 class Downsample(nn.Module):
@@ -178,8 +181,55 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Depth joins the channels: onnxruntime is slow at resizing five axes.
+        batch, channels, depth, time, frequency = x.shape
         wide = functional.interpolate(x.flatten(1, 2), scale_factor=2.0, mode="nearest")
-        return self.conv(wide.unflatten(1, x.shape[1:3]))
+        return self.conv(wide.reshape(batch, channels, depth, 2 * time, 2 * frequency))
+
+
+class FoldedConv3d(nn.Module):
+    """A 3x3x3 convolution (stride 1 in depth) as the sum of three 2-D ones, one per tap in depth.
+
+    Depth is laid out along time, its slices apart by rows of zeros that serve as padding, so that a shift in
+    depth is one in time and costs a slice. A 1x1x1 convolution is a single 2-D one.
+    """
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        self.stride = conv.stride[1]
+        self.bias = conv.bias
+        taps = conv.weight.detach().unbind(2)
+        self.taps = nn.ParameterList(nn.Parameter(tap.contiguous(), requires_grad=False) for tap in taps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, depth, time, frequency = x.shape
+        if len(self.taps) == 1:
+            rows = x.reshape(batch, channels, depth * time, frequency)
+            y = functional.conv2d(rows, self.taps[0], self.bias)
+            return y.reshape(batch, y.shape[1], depth, time, frequency)
+        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
+        padded = functional.pad(x, (0, 0, 0, step))
+        rows = padded.reshape(batch, channels, depth * (time + step), frequency)
+        before, here, after = (
+            functional.conv2d(part, tap, bias, stride=step, padding=1)
+            for part, tap, bias in (
+                (rows[:, :, : -(time + step)], self.taps[0], None),
+                (rows, self.taps[1], self.bias),
+                (rows[:, :, time + step :], self.taps[2], None),
+            )
+        )
+        shift = (time + step) // step
+        y = here + functional.pad(before, (0, 0, shift, 0)) + functional.pad(after, (0, 0, 0, shift))
+        return y.reshape(batch, y.shape[1], depth, shift, y.shape[3])[:, :, :, : time // step]
+
+
+def fold_depth(module: nn.Module) -> nn.Module:
+    """Replace every Conv3d inside `module` by its 2-D form, in place and one by one; return `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv3d):
+            setattr(module, name, FoldedConv3d(child))
+        else:
+            fold_depth(child)
+    return module
 
 
 def _conv(before: int, after: int, stride: tuple[int, int, int] = (1, 1, 1)) -> nn.Conv3d:
