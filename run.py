@@ -57,7 +57,7 @@ def fail(sentence: str) -> int:
 
 
 def runtime() -> str:
-    """The extra with the onnxruntime for this machine: `gpu` where an NVIDIA driver lists a GPU, else `cpu`."""
+    """The extra that fits this machine: `gpu` where an NVIDIA driver lists a GPU, else `cpu`."""
     if platform.machine() not in ("x86_64", "AMD64") or not shutil.which("nvidia-smi"):
         return "cpu"
     try:
@@ -71,7 +71,9 @@ def install(extras: list[str]) -> int:
     """Bring .venv to what pyproject.toml asks for with `extras`; returns 0, or 1 after saying why not."""
     wanted = {
         "root": str(ROOT),
-        "files": hashlib.sha256(b"".join(p.read_bytes() for p in (ROOT / "pyproject.toml", CONSTRAINTS))).hexdigest(),
+        "files": hashlib.sha256(
+            b"".join(p.read_bytes() for p in (ROOT / "pyproject.toml", CONSTRAINTS))
+        ).hexdigest(),
         "runtime": extras[0],
     }
     try:
@@ -86,13 +88,13 @@ def install(extras: list[str]) -> int:
         if same and set(extras) <= set(stamp["extras"]):
             return 0
         known = {*stamp.get("extras", []), *extras} - {"cpu", "gpu"}
-        print("Installing Backline and what it needs into {} (once; a minute or a few) ...".format(VENV))
+        print(f"Installing Backline and what it needs into {VENV} (once; a minute or a few) ...")
         wanted["extras"] = [extras[0], *sorted(known)]
         STAMP.unlink(missing_ok=True)
         pip_install(extras[0], sorted(known))
         STAMP.write_text(json.dumps(wanted), encoding="utf-8")
     except OSError as error:
-        return fail("Setting up {} failed: {}.".format(VENV, error))
+        return fail(f"Setting up {VENV} failed: {error}.")
     except SetupError as error:
         return fail(str(error))
     return 0
@@ -117,8 +119,8 @@ def make_venv() -> None:
     except ImportError:
         package = "python{}.{}-venv".format(*sys.version_info)
         raise SetupError(
-            "This Python lacks venv: install the package {0} (Debian, Ubuntu: apt install {0}) "
-            "and run the same command again.".format(package)
+            f"This Python lacks venv: install the package {package} (Debian, Ubuntu: apt install {package}) "
+            "and run the same command again."
         ) from None
     if VENV.exists():
         shutil.rmtree(VENV)
@@ -150,7 +152,7 @@ def pip(arguments: list[str]) -> None:
     if code:
         lines = LOG.read_text(encoding="utf-8", errors="replace").splitlines()
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), "pip failed")
-        raise SetupError("Installing the packages failed ({}); all of it is in {}.".format(reason, LOG))
+        raise SetupError(f"Installing the packages failed ({reason}); all of it is in {LOG}.")
 
 
 def lint() -> int:

@@ -1,0 +1,286 @@
+"""The commands of `backline` and their options; `bridge.cli` starts them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bridge import demo as demo_job
+from bridge.console import print_json, print_table, progress, say
+from bridge.doctor import examine
+from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to
+from bridge.models import describe, find_bundle, list_bundles, models_folder
+from engine.errors import BacklineError
+from engine.model import Device, Model
+from engine.separation import Method
+from engine.take import Settings
+
+app = typer.Typer(
+    help="The generative engine behind a DAW: arm a track and it plays, hand it a mix and get the stems.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Sampler = Literal["ddim", "dpmpp_2m", "euler"]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results; made where there is none.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="A bundle: a folder, a zip, or a name of `backline models`.")
+]
+DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Picture = Annotated[bool, typer.Option("--picture/--no-picture", help="Draw the spectrograms.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same bytes; random if not given.")
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps; the model's own number if not given.")
+]
+SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="The model's own if not given.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Weight of the prompt; 1 is none.")]
+Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
+Reference = Annotated[Path | None, typer.Option("--audio", help="How it should sound, as an audio file.")]
+Bpm = Annotated[float | None, typer.Option("--bpm", help="Tempo, beats per minute.")]
+Chords = Annotated[
+    str | None, typer.Option("--chords", help='One cell a bar: "C | Am | F G | G7"; needs --bpm.')
+]
+BeatsPerBar = Annotated[int, typer.Option("--beats-per-bar", help="Metre, with --bpm.")]
+FirstBeat = Annotated[float, typer.Option("--first-beat", help="Second at which a bar begins, with --bpm.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"backline {importlib.metadata.version('backline')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; backline-demo if not given.")] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="How much of the song to use.")
+    ] = demo_job.SECONDS,
+    song: Annotated[Path | None, typer.Option("--song", help="Your own folder of stems instead.")] = None,
+    model: ModelName = None,
+    device: DeviceName = "auto",
+    seed: Annotated[int, typer.Option("--seed")] = demo_job.SEED,
+    json_output: Json = False,
+    force: Force = False,
+) -> None:
+    """The main job, end to end: fill in a piano, make up a band, split a mix."""
+    opened = _open(model, device)
+    finished = demo_job.run(
+        opened, out, seconds=seconds, song=song, seed=seed, force=force, progress=progress
+    )
+    if json_output:
+        print_json(demo_job.summary(finished))
+    else:
+        demo_job.show(finished)
+
+
+@app.command()
+def generate(
+    out: Out,
+    text: Text = None,
+    audio: Reference = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="1 to 1800.")] = 10.0,
+    bpm: Bpm = None,
+    chords: Chords = None,
+    beats_per_bar: BeatsPerBar = 4,
+    first_beat: FirstBeat = 0.0,
+    model: ModelName = None,
+    device: DeviceName = "auto",
+    seed: Seed = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    json_output: Json = False,
+    force: Force = False,
+    picture: Picture = True,
+) -> None:
+    """A whole band from nothing, a text or a reference: OUT/<stem>.wav and OUT/mix.wav."""
+    opened = _open(model, device)
+    with progress("generate") as callback:
+        result = generate_to(
+            Place(out, force, picture),
+            opened,
+            seconds=seconds,
+            text=text,
+            audio=audio,
+            bpm=bpm,
+            chords=chords,
+            beats_per_bar=beats_per_bar,
+            first_beat=first_beat,
+            settings=_settings(seed, steps, sampler, guidance),
+            callback=callback,
+        )
+    _report("generate", result, json_output)
+
+
+@app.command()
+def fill(
+    folder: Annotated[Path, typer.Argument(help="Folder with the known stems: bass.wav, drums.wav, ...")],
+    out: Out,
+    arm: Annotated[list[str], typer.Option("--arm", help="The stems to play: piano or piano,guitar.")],
+    silent: Annotated[
+        list[str] | None, typer.Option("--silent", help="Stems that are known to be silent.")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--other", help="A file of other material (vocals, ...) to hear.")
+    ] = None,
+    text: Text = None,
+    audio: Reference = None,
+    bpm: Bpm = None,
+    chords: Chords = None,
+    beats_per_bar: BeatsPerBar = 4,
+    first_beat: FirstBeat = 0.0,
+    model: ModelName = None,
+    device: DeviceName = "auto",
+    seed: Seed = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    json_output: Json = False,
+    force: Force = False,
+    picture: Picture = True,
+) -> None:
+    """Play the armed stems along with the others: OUT/<stem>.wav, with their rate and length."""
+    opened = _open(model, device)
+    stems = find_stems(folder, opened.manifest.stems)
+    with progress("fill") as callback:
+        result = fill_to(
+            Place(out, force, picture),
+            opened,
+            stems,
+            _listed(arm),
+            silent=_listed(silent or []),
+            other=other,
+            text=text,
+            audio=audio,
+            bpm=bpm,
+            chords=chords,
+            beats_per_bar=beats_per_bar,
+            first_beat=first_beat,
+            settings=_settings(seed, steps, sampler, guidance),
+            callback=callback,
+        )
+    _report("fill", result, json_output)
+
+
+@app.command()
+def split(
+    mix: Annotated[Path, typer.Argument(help="The mix: wav, flac, aiff, ogg or mp3.")],
+    out: Out,
+    method: Annotated[
+        Method, typer.Option("--method", help="mask sums to the mix and is the best.")
+    ] = "mask",
+    residual: Annotated[
+        bool, typer.Option("--residual", help="One more wav with what no stem explains.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The vocoder's audio instead of masks on the mix.")
+    ] = False,
+    model: ModelName = None,
+    device: DeviceName = "auto",
+    seed: Seed = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    json_output: Json = False,
+    force: Force = False,
+    picture: Picture = True,
+) -> None:
+    """Split a mix: OUT/<stem>.wav, of the mix's rate, channels and length; they sum to the mix."""
+    opened = _open(model, device)
+    with progress("split") as callback:
+        result = split_to(
+            Place(out, force, picture),
+            opened,
+            mix,
+            method=method,
+            residual=residual,
+            raw=raw,
+            settings=_settings(seed, steps, sampler, guidance),
+            callback=callback,
+        )
+    _report("split", result, json_output)
+
+
+@app.command()
+def models(json_output: Json = False) -> None:
+    """The bundles there are: the default one and those in the models folder."""
+    found = [describe(path) for path in list_bundles()]
+    if json_output:
+        print_json({"folder": str(models_folder()), "models": found})
+        return
+    for bundle in found:
+        rows = [
+            [key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value)]
+            for key, value in bundle.items()
+        ]
+        print_table(None, ["model", str(bundle.get("name", "cannot be used"))], rows)
+    print(f"Bundles in {models_folder()} can be given to --model by name.")
+
+
+@app.command()
+def doctor(model: ModelName = None, device: DeviceName = "auto", json_output: Json = False) -> None:
+    """Look at the machine and the installation, and measure how fast a window is made."""
+    with progress("doctor") as callback:
+        findings = []
+        for finding in examine(find_bundle(model), device):
+            findings.append(finding)
+            callback(finding.subject, len(findings) / 8)
+    broken = any(finding.state == "problem" for finding in findings)
+    if json_output:
+        print_json({"ok": not broken, "findings": [vars(finding) for finding in findings]})
+    else:
+        print_table(None, ["", "", ""], [[f.subject, f.state, f.text] for f in findings])
+    if broken:
+        raise BacklineError("Backline will not work as it is: see the problems above.")
+
+
+def _open(model: str | None, device: Device) -> Model:
+    opened = Model.open(find_bundle(model), device)
+    for warning in opened.warnings:
+        say(warning)
+    return opened
+
+
+def _settings(seed: int | None, steps: int | None, sampler: str | None, guidance: float | None) -> Settings:
+    if seed is None:
+        seed = secrets.randbelow(1 << 31)
+    return Settings(seed=seed, steps=steps, sampler=sampler, guidance=guidance)
+
+
+def _listed(values: Sequence[str]) -> list[str]:
+    """["piano,guitar", "bass"] -> ["piano", "guitar", "bass"]."""
+    return [name for value in values for part in value.split(",") if (name := part.strip().lower())]
+
+
+def _report(task: str, result: Result, json_output: bool) -> None:
+    for warning in result.record["warnings"]:
+        say(warning)
+    if json_output:
+        files = {name: str(path) for name, path in result.files.items()}
+        numbers = {
+            "audio_seconds": round(result.audio_seconds, 3),
+            "seconds": round(result.seconds, 3),
+            "real_time_factor": round(result.real_time_factor, 3),
+        }
+        print_json({"status": "done", "task": task, "files": files, **numbers, "take": result.record})
+        return
+    print_table(None, ["", "file"], [[name, str(path)] for name, path in result.files.items()])
+    print(
+        f"{result.audio_seconds:.1f} s of audio in {result.seconds:.1f} s (real-time factor "
+        f"{result.real_time_factor:.2f}) on {result.record['provider']}, seed {result.record['seed']}."
+    )
