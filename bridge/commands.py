@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,8 @@ import typer
 from bridge import demo as demo_job
 from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
-from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to
+from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
 from bridge.models import describe, find_bundle, list_bundles, models_folder
-from engine.errors import BacklineError
 from engine.model import Device, Model
 from engine.separation import Method
 from engine.take import Settings
@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings are said here, once
 
 Sampler = Literal["ddim", "dpmpp_2m", "euler"]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; made where there is none.")]
@@ -124,7 +126,7 @@ def generate(
             settings=_settings(seed, steps, sampler, guidance),
             callback=callback,
         )
-    _report("generate", result, json_output)
+    _report("generate", opened, result, json_output)
 
 
 @app.command()
@@ -174,7 +176,7 @@ def fill(
             settings=_settings(seed, steps, sampler, guidance),
             callback=callback,
         )
-    _report("fill", result, json_output)
+    _report("fill", opened, result, json_output)
 
 
 @app.command()
@@ -213,7 +215,7 @@ def split(
             settings=_settings(seed, steps, sampler, guidance),
             callback=callback,
         )
-    _report("split", result, json_output)
+    _report("split", opened, result, json_output)
 
 
 @app.command()
@@ -246,7 +248,8 @@ def doctor(model: ModelName = None, device: DeviceName = "auto", json_output: Js
     else:
         print_table(None, ["", "", ""], [[f.subject, f.state, f.text] for f in findings])
     if broken:
-        raise BacklineError("Backline will not work as it is: see the problems above.")
+        say("Backline will not work as it is: see the problems it lists.")
+        raise typer.Exit(1)
 
 
 def _open(model: str | None, device: Device) -> Model:
@@ -267,17 +270,12 @@ def _listed(values: Sequence[str]) -> list[str]:
     return [name for value in values for part in value.split(",") if (name := part.strip().lower())]
 
 
-def _report(task: str, result: Result, json_output: bool) -> None:
+def _report(task: str, model: Model, result: Result, json_output: bool) -> None:
     for warning in result.record["warnings"]:
-        say(warning)
+        if warning not in model.warnings:  # those were said when it was opened
+            say(warning)
     if json_output:
-        files = {name: str(path) for name, path in result.files.items()}
-        numbers = {
-            "audio_seconds": round(result.audio_seconds, 3),
-            "seconds": round(result.seconds, 3),
-            "real_time_factor": round(result.real_time_factor, 3),
-        }
-        print_json({"status": "done", "task": task, "files": files, **numbers, "take": result.record})
+        print_json({"status": "done", "task": task, **summary(result), "take": result.record})
         return
     print_table(None, ["", "file"], [[name, str(path)] for name, path in result.files.items()])
     print(

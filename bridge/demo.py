@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.console import print_table
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to
+from bridge.jobs import summary as job_summary
 from bridge.outputs import free_folder
 from engine.audio import read, write
 from engine.errors import BacklineError, UsageError
@@ -27,6 +28,7 @@ PROMPT = "fast bright funk band with electric piano"
 BAND_SECONDS = 10.0
 SECONDS = 20.0
 SEED = 7
+UNKNOWN_TEMPO = 120.0  # bpm, as a new session in a DAW
 
 Progress = Callable[[str], AbstractContextManager[Callback]]
 
@@ -59,7 +61,8 @@ def run(
     out = _folder(out, force)
     if seconds < 1:
         raise UsageError(f"The demo needs at least 1 s of the song, not {seconds:g}.")
-    session, piano = _session(model, out / "session", song or SONG)
+    song = song or SONG
+    session, piano = _session(model, out / "session", song)
     span = Span(0, min(session.length, round(seconds * session.sample_rate)))
     settings = Settings(seed=seed)
 
@@ -68,7 +71,13 @@ def run(
     context = {track.role: exported[track.id] for track in playing if track.role}
     with progress(f"1 of 3, {ARMED}") as callback:
         filled = fill_to(
-            Place(out / "fill", force), model, context, [ARMED], settings=settings, callback=callback
+            Place(out / "fill", force),
+            model,
+            context,
+            [ARMED],
+            settings=settings,
+            callback=callback,
+            **(_grid(song) if model.supports("grid") else {}),
         )
     session.place(piano.id, filled.files[ARMED], span.start)
     session.arm(piano.id, False)
@@ -95,29 +104,22 @@ def show(finished: Finished) -> None:
     jobs = (finished.fill, finished.band, finished.split)
     words = finished.band.record["request"]["text"]
     heard = ", ".join(finished.fill.record["request"]["context"])
-    rows = [
-        (finished.fill, finished.fill.files[ARMED], f"the {ARMED}, made to go with {heard}"),
-        (None, finished.mix, f"the whole song with that {ARMED}"),
-        (
-            finished.band,
-            finished.band.files["mix"],
-            f'a band made up for "{words}"' if words else "a band made up",
-        ),
-        (finished.split, finished.split.files["drums"].parent, "the mix, taken apart into its tracks again"),
-    ]
+    band = f'a band made up for "{words}"' if words else "a band made up"
     cells = [
-        [
-            str(path),
-            what,
-            *(["", ""] if job is None else [f"{job.seconds:.1f} s", f"{job.real_time_factor:.2f}"]),
-        ]
-        for job, path, what in rows
+        [str(finished.fill.files[ARMED]), f"the {ARMED}, made to go with {heard}", _pace(finished.fill)],
+        [str(finished.mix), f"the whole song with that {ARMED}", ""],
+        [str(finished.band.files["mix"]), band, _pace(finished.band)],
+        [str(finished.folder / "split" / "*.wav"), "the mix taken apart again", _pace(finished.split)],
     ]
-    print_table("Listen to", ["file", "what it is", "made in", "real-time factor"], cells)
+    print_table("Listen to", ["file", "what it is", "made in"], cells)
     pictures = [str(job.files["picture"]) for job in jobs if "picture" in job.files]
     print(f"Pictures: {', '.join(pictures)}" if pictures else "No pictures could be drawn.")
     record = finished.fill.record
     print(f"{record['model']['name']} on {record['provider']}, all in {finished.folder}.")
+
+
+def _pace(job: Result) -> str:
+    return f"{job.seconds:.1f} s, {job.real_time_factor:.2f} of its length"
 
 
 def summary(finished: Finished) -> dict[str, Any]:
@@ -128,16 +130,7 @@ def summary(finished: Finished) -> dict[str, Any]:
         "task": "demo",
         "folder": str(finished.folder),
         "mix": str(finished.mix),
-        "jobs": {
-            name: {
-                "files": {key: str(path) for key, path in job.files.items()},
-                "audio_seconds": round(job.audio_seconds, 3),
-                "seconds": round(job.seconds, 3),
-                "real_time_factor": round(job.real_time_factor, 3),
-                "provider": job.record["provider"],
-            }
-            for name, job in jobs.items()
-        },
+        "jobs": {name: job_summary(job) | {"provider": job.record["provider"]} for name, job in jobs.items()},
     }
 
 
@@ -160,7 +153,7 @@ def _session(model: Model, folder: Path, song: Path) -> tuple[SessionHost, Track
             f"The demo needs a model that plays {ARMED}, and other stems of a song in {song}."
         )
     rate = read(next(iter(playing.values()))).sample_rate
-    session = SessionHost.create(folder, sample_rate=rate, tempo=_tempo(song))
+    session = SessionHost.create(folder, sample_rate=rate, tempo=_grid(song).get("bpm", UNKNOWN_TEMPO))
     for name, path in playing.items():
         session.place(session.create_track(name, role=name).id, path, 0)
     armed = session.create_track(ARMED, role=ARMED)
@@ -168,9 +161,12 @@ def _session(model: Model, folder: Path, song: Path) -> tuple[SessionHost, Track
     return session, armed
 
 
-def _tempo(song: Path) -> float:
-    """Beats per minute as song.json says; 120 where a song has none, as a new session in a DAW."""
+def _grid(song: Path) -> dict[str, Any]:
+    """Tempo and metre as song.json tells them, as the engine's arguments; empty where a song has none."""
     try:
-        return float(json.loads((song / "song.json").read_text("utf-8"))["bpm"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 120.0
+        told = json.loads((song / "song.json").read_text("utf-8"))
+        return {key: told[key] for key in ("bpm", "beats_per_bar", "first_beat") if key in told}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise BacklineError(f"{song / 'song.json'} cannot be read as JSON.") from error

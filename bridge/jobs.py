@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job left: files by name ("piano", "mix", "take", "picture"), and what take.json says."""
+    """What a job left: files by name ("piano", "mix", "take", "picture"), and what take.json says.
+
+    audio_seconds: how long a stem is. seconds: how long the engine worked, less opening the model.
+    """
 
     files: dict[str, Path]
     record: dict[str, Any]
@@ -63,7 +65,6 @@ def generate_to(
 
     Raises BacklineError as `engine.tasks.generate`, `engine.audio.read` and `bridge.outputs.outputs`.
     """
-    started = time.perf_counter()
     reference = None if audio is None else _read_sounding(audio)
     with outputs(place.out, _names([*model.manifest.stems, MIX]), force=place.force) as folder:
         take = generate(
@@ -73,7 +74,7 @@ def generate_to(
         title = f'a band for "{text}"' if text else "a band"
         wavs = take.stems | {MIX: take.mix()}
         record = _write(folder, place, take, wavs, {} if audio is None else {"audio": audio}, title, rows)
-    return _result(place, wavs, record, started)
+    return _result(place, wavs, record)
 
 
 def fill_to(
@@ -93,7 +94,6 @@ def fill_to(
 
     Raises BacklineError as `generate_to`, and where all that is given is silent.
     """
-    started = time.perf_counter()
     context = {name: read(path) for name, path in stems.items() if name not in armed}
     material = None if other is None else read(other)
     given = [*context.values(), *([material] if material else [])]
@@ -125,7 +125,7 @@ def fill_to(
         inputs = {name: stems[name] for name in context}
         inputs |= {name: path for name, path in (("audio", audio), ("other", other)) if path is not None}
         record = _write(folder, place, take, take.stems, inputs, title, rows)
-    return _result(place, take.stems, record, started)
+    return _result(place, take.stems, record)
 
 
 def split_to(
@@ -143,7 +143,6 @@ def split_to(
 
     Raises BacklineError as `generate_to`, and where the mix is silent.
     """
-    started = time.perf_counter()
     sound = _read_sounding(mix)
     names = [*model.manifest.stems, *([RESIDUAL] if residual else [])]
     with outputs(place.out, _names(names), force=place.force) as folder:
@@ -155,7 +154,17 @@ def split_to(
             *(Row(name, part, given=False) for name, part in take.stems.items()),
         ]
         record = _write(folder, place, take, take.stems, {MIX: mix}, f"{mix.name}, split", rows)
-    return _result(place, take.stems, record, started)
+    return _result(place, take.stems, record)
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """The files and numbers of a job, for scripts."""
+    return {
+        "files": {name: str(path) for name, path in result.files.items()},
+        "audio_seconds": round(result.audio_seconds, 3),
+        "seconds": round(result.seconds, 3),
+        "real_time_factor": round(result.real_time_factor, 3),
+    }
 
 
 def find_stems(folder: Path, stems: Sequence[str]) -> dict[str, Path]:
@@ -213,8 +222,9 @@ def _write(
     return record
 
 
-def _result(place: Place, wavs: Mapping[str, Audio], record: dict[str, Any], started: float) -> Result:
+def _result(place: Place, wavs: Mapping[str, Audio], record: dict[str, Any]) -> Result:
     files = {name: place.out / f"{name}.wav" for name in wavs} | {"take": place.out / TAKE}
     if (place.out / PICTURE).exists():
         files["picture"] = place.out / PICTURE
-    return Result(files, record, next(iter(wavs.values())).seconds, time.perf_counter() - started)
+    worked = sum(seconds for phase, seconds in record["timings"].items() if phase != "load")
+    return Result(files, record, next(iter(wavs.values())).seconds, worked)

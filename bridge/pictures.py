@@ -17,8 +17,9 @@ from engine.manifest import Mel
 COLUMNS = 1200  # frames drawn at most, whatever the length
 BANDS = 96
 LOWEST, HIGHEST = 40.0, 16000.0  # Hz
-RANGE_DB = 70.0  # below the loudest band of the picture
-TICKS = (100, 300, 1000, 3000, 10000)  # Hz
+RANGE_DB = 70.0  # from white to black in a row
+LIFT_DB = 24.0  # a quiet row is shown up to this much louder
+TICKS = (300, 1000, 3000, 10000)  # Hz
 GIVEN, MADE = "bone", "magma"  # colour maps
 INK, PAPER = "#1c1c22", "#ffffff"
 
@@ -33,9 +34,10 @@ class Row:
 
 
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Write a PNG of `rows` from top to bottom, at one colour scale, so that a quiet stem looks quiet.
+    """Write a PNG of `rows` from top to bottom.
 
-    The rows start together; a shorter one ends earlier.
+    The rows start together; a shorter one ends earlier. A quiet row is brightened, but not beyond LIFT_DB,
+    so that what is nearly silent looks so.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of its font cache on a first run
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,7 +50,8 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axis, row, (power, edges) in zip(axes, rows, pictures, strict=True):
-        level = 10 * np.log10(np.maximum(power / loudest, 10 ** (-RANGE_DB / 10)))
+        white = max(float(power.max()), loudest * 10 ** (-LIFT_DB / 10))
+        level = 10 * np.log10(np.maximum(power / white, 10 ** (-RANGE_DB / 10)))
         axis.imshow(
             level.T,
             origin="lower",
