@@ -36,8 +36,7 @@ def inpainted(
     """Arrangement by inpainting, as the reference does it: before each step the known latents, noised to
     that step's level with one fixed `noise`, replace what the sampler holds there.
 
-    known, noise: (B, S, Z, T, F). mask: (B, S, T), 1 where known. The prediction is `known` there, so
-    the known part comes out clean.
+    known, noise: (B, S, Z, T, F). mask: (B, S, T), 1 where known. The prediction is `known` there.
     """
     wide = mask[:, :, None, :, None].astype(np.float32)
     free = 1 - wide

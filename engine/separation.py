@@ -6,6 +6,7 @@ A mask keeps the mix's phase, rate and channels, and masks that sum to one give 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,10 @@ RESIDUAL = "residual"
 POWER = 2.0  # masks are ratios of magnitudes to this power
 # Powers of stems add up to the mix's only on average: up to twice their sum counts as explained.
 EXPLAINED = 2.0
+# The posteriors pull on the sum of S stems S times as fast as on one, so a step that shrinks sigma by more
+# than 2 / S of itself overshoots: they need more steps than generating, and no extrapolation between them.
+POSTERIOR_STEPS = 64
+POSTERIOR_SAMPLER = "euler"
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz
 BLOCK = 1 << 21  # complex values of the masked spectrograms held at a time
 
@@ -66,8 +71,8 @@ def split(
         raise UsageError(f"There is no method {method!r}: choose mask, dirac or gaussian.")
     if raw and residual:
         raise UsageError("A residual needs masks: leave out raw or residual.")
-    one_step = method == "mask" and model.supports("mixture") and (settings is None or settings.steps is None)
-    settings = resolve(settings or Settings(), model.manifest)
+    one_look = method == "mask" and model.supports("mixture")
+    settings = _resolve(settings or Settings(), model.manifest, one_look)
     check(mix, "The mix")
     manifest = model.manifest
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
@@ -81,7 +86,7 @@ def split(
     started = clock(timings, "listen", started)
 
     report = stretch(callback, "sample", 0.05, 0.6)
-    if one_step or (method == "mask" and settings.steps == 1 and model.supports("mixture")):
+    if one_look and settings.steps == 1:
         latents = posterior_mean(model, signal, total, gain, settings.seed, report)
     else:
         latents = _posterior_sample(model, signal, total, gain, method, settings, report)
@@ -187,12 +192,23 @@ def mask_mix(
         parts = parts[..., offset : offset + stop - start]
         parts += (mix.samples[:, start:stop] - parts.sum(axis=0)) / stems
         result[:, :, start:stop] = parts
+    if report is not None:
+        report(1.0)
     return result
 
 
 def stft_size(sample_rate: int) -> int:
     """The power of two nearest to 46 ms: 42 to 64 ms at the usual rates, 2048 at 44.1 and 48 kHz."""
     return 1 << round(np.log2(sample_rate * STFT_SECONDS))
+
+
+def _resolve(settings: Settings, manifest: Manifest, one_look: bool) -> Settings:
+    """As engine.take.resolve, with the defaults of separation."""
+    if settings.steps is None:
+        settings = replace(settings, steps=1 if one_look else max(manifest.sampling.steps, POSTERIOR_STEPS))
+    if settings.sampler is None and not one_look:
+        settings = replace(settings, sampler=POSTERIOR_SAMPLER)
+    return resolve(settings, manifest)
 
 
 def _posterior_sample(

@@ -54,28 +54,23 @@ class Take:
 def resolve(settings: Settings, manifest: Manifest) -> Settings:
     """Every None filled in from the manifest. Raises UsageError for values out of range."""
     defaults = manifest.sampling
-    resolved = Settings(
-        seed=settings.seed,
-        steps=defaults.steps if settings.steps is None else settings.steps,
-        sampler=defaults.sampler if settings.sampler is None else settings.sampler,
-        guidance=defaults.guidance if settings.guidance is None else settings.guidance,
-        eta=defaults.eta if settings.eta is None else settings.eta,
-        gamma=settings.gamma,
-    )
-    assert resolved.steps is not None and resolved.guidance is not None and resolved.eta is not None
-    if not 0 <= resolved.seed < 1 << 63:
-        raise UsageError(f"The seed must be 0 or more and below 2^63, not {resolved.seed}.")
-    if resolved.sampler not in SAMPLERS:
-        raise UsageError(f"There is no sampler {resolved.sampler!r}: choose {', '.join(SAMPLERS)}.")
-    if not 1 <= resolved.steps <= manifest.schedule.steps:
-        raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {resolved.steps}.")
-    if not 0 <= resolved.eta <= 1:
-        raise UsageError(f"eta must be 0 to 1, not {resolved.eta}.")
-    if not (np.isfinite(resolved.guidance) and resolved.guidance >= 0):
-        raise UsageError(f"The guidance must be 0 or more, not {resolved.guidance}.")
-    if not (np.isfinite(resolved.gamma) and resolved.gamma > 0):
-        raise UsageError(f"gamma must be above 0, not {resolved.gamma}.")
-    return resolved
+    steps = defaults.steps if settings.steps is None else settings.steps
+    sampler = defaults.sampler if settings.sampler is None else settings.sampler
+    guidance = defaults.guidance if settings.guidance is None else settings.guidance
+    eta = defaults.eta if settings.eta is None else settings.eta
+    if not 0 <= settings.seed < 1 << 63:
+        raise UsageError(f"The seed must be 0 or more and below 2^63, not {settings.seed}.")
+    if sampler not in SAMPLERS:
+        raise UsageError(f"There is no sampler {sampler!r}: choose {', '.join(SAMPLERS)}.")
+    if not 1 <= steps <= manifest.schedule.steps:
+        raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {steps}.")
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta must be 0 to 1, not {eta}.")
+    if not (np.isfinite(guidance) and guidance >= 0):
+        raise UsageError(f"The guidance must be 0 or more, not {guidance}.")
+    if not (np.isfinite(settings.gamma) and settings.gamma > 0):
+        raise UsageError(f"gamma must be above 0, not {settings.gamma}.")
+    return Settings(settings.seed, steps, sampler, guidance, eta, settings.gamma)
 
 
 def make_record(task: str, model: Model, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engine.audio import empty
 from engine.denoisers import guided, inpainted
+from engine.errors import BacklineError
 from engine.manifest import Manifest
 from engine.model import Model
 from engine.samplers import SAMPLERS, Denoiser
@@ -114,7 +115,7 @@ def decode_timeline(model: Model, latents: FloatArray, report: Report) -> FloatA
     done = 0
     for number, start in enumerate(starts):
         report(number / len(starts))
-        block = model.decode(latents[:, :, start : start + window])
+        block = _sound(model, model.decode(latents[:, :, start : start + window]))
         blend(mels, block, start * ratio, max(0, done - start) * ratio)
         done = start + window
     report(1.0)
@@ -131,7 +132,7 @@ def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> Float
     done = 0
     for number, start in enumerate(starts):
         report(number / len(starts))
-        block = model.vocode(log_mels[:, start : start + window])
+        block = _sound(model, model.vocode(log_mels[:, start : start + window]))
         blend(audio, block, start * hop, max(0, done - start) * hop)
         done = start + window
     report(1.0)
@@ -149,6 +150,14 @@ def blend(target: FloatArray, block: FloatArray, start: int, shared: int) -> Non
     target[:, start : start + shared] *= 1 - ramp
     target[:, start : start + shared] += ramp * block[:, :shared]
     target[:, start + shared : start + block.shape[1]] = block[:, shared:]
+
+
+def _sound(model: Model, values: FloatArray) -> FloatArray:
+    if not np.isfinite(values).all():
+        raise BacklineError(
+            f"The model {model.manifest.name} produced NaN or infinite values: more steps may help."
+        )
+    return values
 
 
 def _window_denoiser(

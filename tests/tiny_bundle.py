@@ -29,12 +29,14 @@ from engine.manifest import (
     Sampling,
     Vocoder,
 )
+from engine.schedule import make_schedule
 
 STEMS = ("bass", "drums", "guitar", "piano")
 BANDS, FRAMES, CHANNELS, FILM = 16, 4, 8, 6
 HOP, RATE = 160, 16000
 VOCODER_HOP, VOCODER_RATE = 320, 32000
 WINDOW = 48  # latent frames, 1.92 s
+SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 ALL = ("text", "audio", "context", "mixture", "grid", "chords")
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
@@ -45,7 +47,7 @@ def write_tiny_bundle(
     """Writes the bundle and returns its folder; `fields` replace fields of the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     prompted = bool({"text", "audio"} & set(capabilities))
-    _write_unet(folder / "unet.onnx", capabilities, prompted)
+    _write_unet(folder / "unet.onnx", capabilities, prompted, prediction)
     _write_vae(folder)
     _write_vocoder(folder / "vocoder.onnx")
     if "text" in capabilities:
@@ -72,7 +74,7 @@ def write_tiny_bundle(
         ),
         "latent": Latent(channels=CHANNELS, frames=FRAMES, freq=1, scale_factor=0.5),
         "vocoder": Vocoder(sample_rate=VOCODER_RATE, hop=VOCODER_HOP, trim=8),
-        "schedule": NoiseSchedule(start=0.0015, end=0.0195, steps=1000),
+        "schedule": SCHEDULE,
         "prediction": prediction,
         "sampling": Sampling(sampler="dpmpp_2m", steps=4),
         "window_frames": WINDOW,
@@ -122,7 +124,12 @@ class _Graph:
         onnx.save(model, str(path))
 
 
-def _write_unet(path: Path, capabilities: Sequence[str], prompted: bool) -> None:
+def _shares() -> tuple[np.ndarray, np.ndarray]:
+    schedule = make_schedule(SCHEDULE)
+    return np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
+
+
+def _write_unet(path: Path, capabilities: Sequence[str], prompted: bool, prediction: str) -> None:
     rng = np.random.default_rng(1)
     stems = len(STEMS)
     g = _Graph()
@@ -165,10 +172,18 @@ def _write_unet(path: Path, capabilities: Sequence[str], prompted: bool) -> None
     total = parts[0]
     for part in parts[1:]:
         total = g.add("Add", total, part)
-    shape = g.add("Shape", "latents")
-    g.add("Reshape", g.add("Tanh", total), shape, output="flat")
-    # bot -> bsztf: o runs over stems and channels, and F is 1, so the reshape is enough.
-    g.add("Identity", "flat", output="prediction")
+    clean = g.add("Reshape", g.add("Tanh", total), g.add("Shape", "latents"))  # F is 1
+    # Bounded clean latents at every step, said in the terms of the prediction.
+    wide = g.constant([1, 2, 3, 4], np.int64)
+    alpha, noise = (g.add("Unsqueeze", g.add("Gather", g.constant(t), "timestep"), wide) for t in _shares())
+    if prediction == "x0":
+        g.add("Identity", clean, output="prediction")
+    elif prediction == "eps":
+        rest = g.add("Sub", "latents", g.add("Mul", alpha, clean))
+        g.add("Div", rest, noise, output="prediction")
+    else:
+        rest = g.add("Sub", g.add("Mul", alpha, "latents"), clean)
+        g.add("Div", rest, noise, output="prediction")
     g.save(path, inputs, "prediction", ["B", stems, CHANNELS, "T", 1])
 
 
