@@ -35,7 +35,8 @@ def main() -> int:
     if sys.version_info < OLDEST:
         return fail("Backline needs Python 3.11 or newer; this is {}.{}.".format(*sys.version_info))
     command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("help", [])
-    backline = [str(PYTHON), "-m", "bridge.cli"]
+    # -P: a folder named engine or bridge where the user happens to be must not be imported
+    backline = [str(PYTHON), "-P", "-m", "bridge.cli"]
     if command == "demo":
         return install([runtime()]) or start([*backline, "demo", *rest])
     if command == "backline":
