@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from engine.errors import BacklineError
+
 OPSET = 20
 INLINE_LIMIT = 1_900_000_000  # bytes of weights; protobuf cannot hold more than 2 GB in one message
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -46,7 +48,7 @@ class Input:
     high: int = 1000
 
 
-class ExportMismatch(RuntimeError):
+class ExportMismatch(BacklineError):
     """The written graph does not compute what the torch module computes."""
 
 

@@ -39,14 +39,12 @@ class UNet3dConfig:
 
     @property
     def stride(self) -> int:
-        """Time and frequency must be multiples of this."""
+        """What time and frequency are reduced by at the deepest level; frequency must be a multiple."""
         return int(2 ** (len(self.multipliers) - 1))
 
 
 class UNet3d(nn.Module):
     """latents (B, S, Z, T, F), timestep (B,) int64, film (B, E) -> prediction, shaped as the latents."""
-
-    frequencies: Tensor
 
     def __init__(self, config: UNet3dConfig) -> None:
         super().__init__()
@@ -57,9 +55,6 @@ class UNet3d(nn.Module):
             nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
         )
         self.film_emb = nn.Linear(film, 4 * width) if film is not None else None
-        half = width // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
         def stage(before: int, after: int, factor: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(before, after, joined * 4 * width)]
@@ -105,14 +100,19 @@ class UNet3d(nn.Module):
         )
 
     def forward(self, latents: Tensor, timestep: Tensor, film: Tensor | None = None) -> Tensor:
-        phases = timestep[:, None].float() * self.frequencies
+        half = self.config.width // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        phases = timestep[:, None].float() * frequencies.to(latents.device)
         embedding = self.time_embed(torch.cat([phases.cos(), phases.sin()], dim=-1))
         if self.film_emb is not None:
             condition = self.film_emb(film)
             joined = self.config.film_concat
             embedding = torch.cat([embedding, condition], dim=-1) if joined else embedding + condition
 
-        hidden = latents
+        # A time that does not halve evenly is lengthened with zeros, and the prediction cut to it again.
+        time, stride = latents.shape[3], self.config.stride
+        room = latents.new_zeros(*latents.shape[:3], stride - 1, latents.shape[4])
+        hidden = torch.cat([latents, room], dim=3)[:, :, :, : (time + stride - 1) // stride * stride]
         kept = []
         for layers in self.input_blocks:
             hidden = _run(layers, hidden, embedding)
@@ -120,7 +120,7 @@ class UNet3d(nn.Module):
         hidden = _run(self.middle_block, hidden, embedding)
         for layers in self.output_blocks:
             hidden = _run(layers, torch.cat([hidden, kept.pop()], dim=1), embedding)
-        return self.out(hidden)
+        return self.out(hidden)[:, :, :, :time]
 
 
 class ResBlock(nn.Module):
