@@ -49,11 +49,18 @@ class Audio:
 
 
 def empty(*shape: int) -> NDArray[np.float32]:
-    """Room for float32 of this shape, all zero: in memory, or in an unnamed temporary file past 256 MB."""
-    if 4 * math.prod(shape) <= SPILL:
+    """Room for float32 of this shape, all zero: in memory, or in an unnamed temporary file past 256 MB.
+
+    Raises BacklineError where the disk has no room for that file.
+    """
+    size = 4 * math.prod(shape)
+    if size <= SPILL:
         return np.zeros(shape, np.float32)
     try:
         with tempfile.TemporaryFile(prefix="backline-") as file:
+            if hasattr(os, "posix_fallocate"):
+                # Reserved now: a mapped page that finds the disk full later would kill the process.
+                os.posix_fallocate(file.fileno(), 0, size)
             return np.memmap(file, np.float32, "w+", shape=shape)
     except OSError as error:
         raise _unwritable(Path(tempfile.gettempdir()), error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -217,6 +218,17 @@ def test_a_long_signal_lives_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
     spilled += 1
     audio.write(tmp_path / "x.wav", Audio(np.repeat(spilled, 32, axis=1), 16000))
     assert audio.read(tmp_path / "x.wav").samples.sum() == 32000
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="only where space can be reserved")
+def test_no_room_for_a_long_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(audio, "SPILL", 1000)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BacklineError, match="The disk is full"):
+        audio.empty(2, 500)
 
 
 def test_mono_is_the_mean_unless_it_cancels() -> None:
