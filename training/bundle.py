@@ -1,0 +1,95 @@
+"""python -m training.bundle: the trained networks -> the default bundle (ONNX, float16 weights, manifest)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Sampling, Vocoder
+from export.bundle_writer import export_bundle
+from export.stem_unet import StemUNet, StemUNetConfig
+from export.vocos import Vocos, VocosConfig
+from training.bands import STEMS
+from training.captions import encode
+from training.dataset import MIXTURE_DB, load_songs
+from training.loop import load_ema
+from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
+from training.train_unet import SCHEDULE, freeze
+
+PROVENANCE = (
+    "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over generated "
+    "chord charts, rendered with FluidR3, MuseScore General, OPL3-FM, parts of Merlin, sampled instruments from npm, "
+    "Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was held out."
+)
+CONTEXT_DB = MIXTURE_DB - 1.5  # a band without one of its stems
+
+
+def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Steps and minutes of each network's training, from the last line of its log."""
+    rows = {name: json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for name, run in runs.items()}
+    return {name: {"steps": row["step"], "minutes": round(row["minutes"], 1)} for name, row in rows.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder with vae/, towers/, vocoder/ and unet/"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--version", required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampler", default="dpmpp_2m")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    runs = {name: args.runs / name for name in ("vae", "towers", "vocoder", "unet")}
+    songs = load_songs(args.data / "train")
+    frozen = freeze(runs["vae"], runs["towers"], songs[:64], "cpu")
+    scale = torch.load(runs["unet"] / "scale.pt", weights_only=True)["scale"]
+    vae, towers = frozen.vae, frozen.towers
+    unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
+    vocoder = load_ema(runs["vocoder"], Vocos(VocosConfig()))
+    with torch.no_grad():
+        uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
+    manifest = Manifest(
+        name="backline-default",
+        version=args.version,
+        licence="GPL-3.0-or-later",
+        provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)},
+        stems=STEMS,
+        mel=GEOMETRY,
+        latent=Latent(channels=vae.config.channels, frames=LATENT_FRAMES, freq=1, scale_factor=scale),
+        vocoder=Vocoder(sample_rate=GEOMETRY.sample_rate, hop=GEOMETRY.hop, trim=0),
+        schedule=SCHEDULE,
+        prediction="v",
+        sampling=Sampling(sampler=args.sampler, steps=args.steps, guidance=args.guidance),
+        window_frames=WINDOW,
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
+        film_dim=towers.config.embedding,
+        film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
+        clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),
+        grid=Grid(),
+        chords=Chords(),
+        level=Level(mixture_db=MIXTURE_DB, context_db=CONTEXT_DB),
+        networks={
+            "unet": asdict(unet.config), "vae_encoder": asdict(vae.config), "vae_decoder": asdict(vae.config),
+            "vocoder": asdict(vocoder.config), "clap_text": asdict(towers.config), "clap_audio": asdict(towers.config),
+        },
+    )  # fmt: skip
+    networks = {
+        "unet": unet, "vae_encoder": vae.encoder, "vae_decoder": vae.decoder, "vocoder": vocoder,
+        "clap_text": towers.text, "clap_audio": towers.audio,
+    }  # fmt: skip
+    extra = {"tokenizer.json": (runs["towers"] / "tokenizer.json").read_bytes()}
+    written = export_bundle(args.out, manifest, networks, half=True, extra=extra, force=args.force)
+    size = sum(p.stat().st_size for p in args.out.iterdir())
+    print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error']}")
+
+
+if __name__ == "__main__":
+    main()

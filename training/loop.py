@@ -1,0 +1,198 @@
+"""One training loop for every network: resumable, timed, logged, with a report and curves."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+Logs = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    out: Path
+    minutes: float  # training time in all, over every resumption; the rate decays with it
+    lr: float = 1e-3
+    warmup: int = 200  # steps
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    validate_every: float = 180.0  # s; checkpoints are written then too
+    device: str = "cpu"
+
+
+def add_arguments(parser: argparse.ArgumentParser, lr: float) -> None:
+    """The options every training command shares."""
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train/ and val/ of training.render"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoint, log and report; resumes"
+    )
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="training time in all; the rate decays with it"
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loop_config(args: argparse.Namespace, **changes: float) -> LoopConfig:
+    """The LoopConfig of parsed arguments; also sets the number of threads."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return LoopConfig(args.out, args.minutes, args.lr, device=args.device, **changes)  # type: ignore[arg-type]
+
+
+def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
+    """Warm-up by step, constant, then a cosine to 2 % over the last third of the time."""
+    warm = min(1.0, (step + 1) / config.warmup)
+    tail = max(0.0, (progress - 0.67) / 0.33)
+    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, tail))))
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[nn.Module, int], tuple[torch.Tensor, Logs]],
+    config: LoopConfig,
+    validate: Callable[[nn.Module], Logs],
+) -> nn.Module:
+    """Trains `model` until the time is up and returns its EMA; `checkpoint.pt` in `config.out` resumes.
+
+    `loss(model, step)` returns the scalar to minimise and what to log. `validate(ema)` returns what the report
+    shows. The random state is not restored on resumption: a resumed run sees other data, not the same.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    model.to(config.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    step, spent = _resume(config, model, ema, optimiser)
+    bar = tqdm(
+        total=config.minutes, initial=round(spent / 60, 2), unit="min", desc=config.out.name, mininterval=5
+    )
+    window: list[Logs] = []
+    last = time.monotonic()
+    next_validation = spent + config.validate_every
+    while spent < config.minutes * 60:
+        rate = learning_rate(config, step, spent / (config.minutes * 60))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        value, logs = loss(model, step)
+        if not torch.isfinite(value):
+            raise RuntimeError(
+                f"the loss is {value.item()} at step {step}; lower --lr or start from an earlier checkpoint"
+            )
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
+        step += 1
+        window.append({"loss": value.item(), **logs})
+        now = time.monotonic()
+        bar.update(round((now - last) / 60, 4))
+        spent, last = spent + now - last, now
+        if spent >= next_validation or spent >= config.minutes * 60:
+            _report(config, step, spent, window, validate(ema), bar)
+            _save(config, model, ema, optimiser, step, spent)
+            window, next_validation, last = [], spent + config.validate_every, time.monotonic()
+    bar.close()
+    return ema
+
+
+def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def _resume(
+    config: LoopConfig, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[int, float]:
+    path = config.out / "checkpoint.pt"
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location=config.device, weights_only=True)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["spent"]
+
+
+def _save(
+    config: LoopConfig,
+    model: nn.Module,
+    ema: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    spent: float,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "step": step,
+        "spent": spent,
+    }
+    temporary = config.out / "checkpoint.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, config.out / "checkpoint.pt")
+
+
+def _report(
+    config: LoopConfig, step: int, spent: float, window: list[Logs], validation: Logs, bar: tqdm
+) -> None:
+    row = {
+        k: sum(w[k] for w in window if k in w) / max(1, sum(k in w for w in window))
+        for k in {k for w in window for k in w}
+    }
+    row |= {f"val_{k}": v for k, v in validation.items()}
+    row |= {"step": step, "minutes": spent / 60}
+    with (config.out / "log.jsonl").open("a") as log:
+        log.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
+    bar.write(" ".join(f"{k}={v:.4g}" for k, v in sorted(row.items())))
+    draw_curves(config.out)
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: every logged figure against training time, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    keys = sorted({k for row in rows for k in row} - {"step", "minutes"})
+    figure, axes = plt.subplots(-(-len(keys) // 3), 3, figsize=(12, 2.6 * -(-len(keys) // 3)), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        points = [(row["minutes"], row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True), marker=".", linewidth=1)
+        axis.set_title(key, fontsize=9)
+        axis.set_xlabel("minutes", fontsize=8)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    figure.suptitle(out.name)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def load_ema(out: Path, model: nn.Module) -> nn.Module:
+    """`model` with the averaged weights of a training folder, frozen. Raises FileNotFoundError."""
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(state["ema"])
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,149 @@
+"""python -m training.render: writes songs as features (and some audio) into a folder, song by song.
+
+Each song becomes `<name>.npy`, uint8 log mels (stems, renders, frames, mels), and `<name>.json` with
+every label. Each stem is rendered several times with different sounds, so that training can combine
+renders at random. A part of the songs also keeps 16-bit audio for the vocoder. Run it again and it goes
+on where it stopped; run it with another `--worker` beside it and they share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pedalboard as pb
+import torch
+from numpy.typing import NDArray
+
+from training.bands import STEMS, Song, split_grooves, try_song
+from training.grooves import list_grooves
+from training.mel import GEOMETRY, log_mel, to_bytes
+from training.sources import RATE, Source, held_out_sources, training_sources
+
+STEM_RMS_DB = {"bass": -20.0, "drums": -20.0, "guitar": -23.0, "piano": -23.0}  # of a stem's sounding parts
+
+
+def effects(stem: str, rng: np.random.Generator) -> pb.Pedalboard:
+    """A random chain such as a mixing engineer might leave on the track."""
+    u, chain = rng.uniform, []
+    if stem == "guitar" and rng.random() < 0.2:
+        chain.append(pb.Distortion(drive_db=u(5, 28)))
+    if stem == "bass" and rng.random() < 0.1:
+        chain.append(pb.Distortion(drive_db=u(3, 15)))
+    if rng.random() < 0.4:
+        chain.append(
+            pb.Compressor(threshold_db=u(-32, -14), ratio=u(2, 8), attack_ms=u(1, 30), release_ms=u(50, 300))
+        )
+    if stem in ("guitar", "piano") and rng.random() < 0.15:
+        chain.append(pb.Chorus(rate_hz=u(0.3, 2.5), depth=u(0.1, 0.4), mix=u(0.2, 0.5)))
+    for _ in range(int(rng.integers(0, 3))):
+        chain.append(pb.PeakFilter(cutoff_frequency_hz=10 ** u(2, 4), gain_db=u(-9, 9), q=u(0.5, 2)))
+    if rng.random() < 0.5:
+        chain.append(pb.HighShelfFilter(cutoff_frequency_hz=u(2000, 8000), gain_db=u(-12, 8)))
+    if rng.random() < (0.15 if stem == "bass" else 0.5):
+        chain.append(
+            pb.Reverb(room_size=u(0.1, 0.85), wet_level=u(0.04, 0.3), dry_level=1.0, damping=u(0.2, 0.9))
+        )
+    return pb.Pedalboard(chain)
+
+
+def levelled(audio: NDArray[np.float32], db: float) -> NDArray[np.float32]:
+    """The signal at `db` dBFS RMS over its sounding 50 ms blocks (those within 40 dB of the loudest)."""
+    blocks = audio[: len(audio) // 2205 * 2205].reshape(-1, 2205)
+    power = (blocks.astype(np.float64) ** 2).mean(1)
+    if power.max() < 1e-12:
+        return audio
+    rms = np.sqrt(power[power > power.max() * 1e-4].mean())
+    return (audio * (10 ** (db / 20) / rms)).astype(np.float32)
+
+
+def render_stem(
+    song: Song, source: Source, rng: np.random.Generator, dry: bool = False
+) -> NDArray[np.float32]:
+    """One stem as mono audio (samples,) of the song's length, at its usual level."""
+    n = int(song.seconds * RATE)
+    audio = source.render(song.notes[source.stem], n, rng)
+    if not dry:
+        audio = effects(source.stem, rng)(audio[None], RATE)[0]
+    return levelled(audio, STEM_RMS_DB[source.stem])
+
+
+def _labels(song: Song, sources: list[list[Source]]) -> dict[str, object]:
+    labels = asdict(song)
+    del labels["notes"]
+    labels["onsets"] = {s: [round(float(t), 3) for t in song.notes[s][:, 0]] for s in STEMS}
+    labels["sources"] = [[{"name": s.name, "words": s.words} for s in renders] for renders in sources]
+    return labels
+
+
+def write(
+    song: Song,
+    pool: dict[str, list[Source]],
+    path: Path,
+    renders: int,
+    audio: bool,
+    dry: bool,
+    rng: np.random.Generator,
+) -> None:
+    """Renders a song and writes its files; the .npy is renamed last, so that a half-written song is not seen."""
+    mels, sources, kept = [], [], []
+    for stem in STEMS:
+        chosen = [pool[stem][int(i)] for i in rng.choice(len(pool[stem]), renders, replace=False)]
+        rendered = [render_stem(song, source, rng, dry) for source in chosen]
+        mels.append(torch.stack([to_bytes(log_mel(torch.from_numpy(a)[None])[0]) for a in rendered]))
+        sources.append(chosen)
+        if audio:
+            kept.append((np.clip(rendered[0][RATE * 8 : RATE * 28], -1, 1) * 32767).astype(np.int16))
+    path.with_suffix(".json").write_text(json.dumps(_labels(song, sources)))
+    if audio:
+        np.save(path.with_suffix(".audio.npy"), np.stack(kept))
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, torch.stack(mels).numpy())
+    os.replace(temporary, path.with_suffix(".npy"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--samples", type=Path, required=True, help="folder of fetched soundfonts and npm archives"
+    )
+    parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
+    parser.add_argument("--songs", type=int, default=1000)
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first song, which is also its seed"
+    )
+    parser.add_argument(
+        "--step", type=int, default=1, help="work on every STEP-th song, for workers side by side"
+    )
+    parser.add_argument("--renders", type=int, default=2)
+    parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    grooves = split_grooves(list_grooves(args.grooves), args.held_out)
+    sources = held_out_sources() if args.held_out else training_sources(args.samples)
+    pool = {stem: [s for s in sources if s.stem == stem] for stem in STEMS}
+    print(
+        {stem: len(pool[stem]) for stem in STEMS},
+        len(grooves),
+        "grooves",
+        GEOMETRY.sample_rate,
+        "Hz",
+        flush=True,
+    )
+    for number in range(args.first, args.first + args.songs * args.step, args.step):
+        path = args.out / f"{number:06d}"
+        if not path.with_suffix(".npy").exists():
+            rng = np.random.default_rng(number)
+            write(try_song(grooves, rng), pool, path, args.renders, number % 3 == 0, args.held_out, rng)
+
+
+if __name__ == "__main__":
+    main()

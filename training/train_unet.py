@@ -1,0 +1,270 @@
+"""python -m training.train_unet: the multi-track latent diffusion UNet, for every task at once.
+
+Each window is given a task at random: generate (nothing known), fill (some stems known, as context or as their
+mixture), split (the mixture of all stems known). Time spans of all stems may be known too, so that windows
+join. Text or audio embeddings, tempo grid and chords are each dropped at random, which is what makes them optional.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from engine.manifest import NoiseSchedule
+from engine.schedule import make_schedule
+from export.caption_towers import CaptionTowers, CaptionTowersConfig
+from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.stem_unet import StemUNet, StemUNetConfig
+from training import conditions
+from training.bands import STEMS
+from training.captions import Thresholds, describe, encode, load_thresholds
+from training.dataset import FRAMES, Song, Windows, draw, load_songs, mix
+from training.loop import Logs, add_arguments, load_ema, loop_config, train
+from training.mel import FLOOR, LATENT_FRAMES, WINDOW
+
+SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
+LAST = SCHEDULE.steps - 1
+SHARES = {"split": 0.4, "fill": 0.4, "generate": 0.2}
+KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
+MASK_WEIGHT = 0.1
+SHORT_SHARE = 0.7  # of the steps train on half windows
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The trained networks a UNet step needs."""
+
+    vae: PatchVAE
+    towers: CaptionTowers
+    tokenizer: Tokenizer
+    thresholds: Thresholds
+    scale: float  # latents x scale have unit deviation
+    channel_weight: torch.Tensor  # (Z, 1, 1), mean 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch: clean scaled latents, the network's inputs, and which loss each sample gets."""
+
+    latents: torch.Tensor  # (B, S, Z, T, 1)
+    inputs: dict[str, torch.Tensor]
+    loss_mask: torch.Tensor  # (B, S, T)
+    splits: torch.Tensor  # (B,) bool: the whole mixture is known and nothing else
+    mels: torch.Tensor  # (B, S, frames, mels)
+    mixture: torch.Tensor  # (B, frames, mels)
+
+
+def freeze(vae_run: Path, towers_run: Path, songs: list[Song], device: str) -> Frozen:
+    """Loads VAE and towers and measures the latents' deviation per channel on 64 windows."""
+    vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
+    tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
+    towers = load_ema(towers_run, CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size())))
+    mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
+    with torch.no_grad():
+        mean, _ = vae.moments(mels)
+    deviation = mean.std((0, 2, 3))
+    weight = deviation / deviation.mean()
+    return Frozen(
+        vae.to(device), towers.to(device), tokenizer, load_thresholds(towers_run), 1 / float(mean.std()),
+        weight[:, None, None].to(device),
+    )  # fmt: skip
+
+
+def _known_times(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """(B, T) of 0 or 1: mostly nothing; a known start (windows that join), a known start and end, or gaps."""
+    known = np.zeros((batch, length), np.float32)
+    for row in known:
+        kind = rng.random()
+        if kind < 0.25:
+            row[: int(rng.integers(length // 8, length // 2))] = 1
+        elif kind < 0.32:
+            a, b = sorted(rng.integers(0, length, 2))
+            row[:a], row[b:] = 1, 1
+    return known
+
+
+def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: str) -> Batch:
+    """Encodes a batch of windows and draws a task and conditions for each."""
+    batch, stems, frames, bands = windows.mels.shape
+    length = frames // LATENT_FRAMES
+    task = rng.choice(list(SHARES), size=batch, p=list(SHARES.values()))
+    split, fill = task == "split", task == "fill"
+    subset = rng.random((batch, stems)) < 0.5
+    subset[subset.all(1)] = np.eye(stems, dtype=bool)[0]
+    subset[~subset.any(1)] = np.eye(stems, dtype=bool)[int(rng.integers(stems))]
+    as_mixture = fill & (rng.random(batch) < 0.25)  # the known stems arrive mixed down
+    unnamed = as_mixture & (rng.random(batch) < 0.5)  # and as other material, not said to hold our stems
+    context_stems = subset & (fill & ~as_mixture)[:, None]
+    mixed = np.where(split[:, None], True, subset & as_mixture[:, None])
+    times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, _known_times(batch, length, rng))
+    context_mask = np.maximum(
+        context_stems[:, :, None], times[:, None, :] * ~as_mixture[:, None, None]
+    ).astype(np.float32)
+    mixture_known = mixed.any(1)
+    mixture_mel = windows.mixture.clone()
+    parts = torch.from_numpy(as_mixture)
+    if parts.any():
+        present = torch.from_numpy(mixed[as_mixture])[:, :, None, None]
+        mixture_mel[parts] = mix(torch.where(present, windows.mels[parts], torch.tensor(FLOOR)), rng)
+    heard = torch.from_numpy(mixture_known)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        every = torch.cat([windows.mels.flatten(0, 1), mixture_mel[heard]])[:, None].to(device)
+        mean, _ = frozen.vae.moments(every)
+    mean = mean.float() * frozen.scale
+    latents = mean[: batch * stems].unflatten(0, (batch, stems))
+    mixture = torch.zeros_like(latents[:, 0])
+    mixture[heard.to(device)] = mean[batch * stems :]
+    known = torch.from_numpy(context_mask).to(device)
+    mixture_mask = torch.from_numpy(np.repeat(mixture_known[:, None], length, 1).astype(np.float32)).to(
+        device
+    )
+    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0)
+    loss_mask = loss_mask * torch.from_numpy(1.0 - (mixed & unnamed[:, None])).float().to(device)[:, :, None]
+    inputs = {
+        "film": _film(windows, frozen, rng, device),
+        "context": latents * known[:, :, None, :, None],
+        "context_mask": known,
+        "mixture": mixture * mixture_mask[:, None, :, None],
+        "mixture_mask": mixture_mask,
+        "mixture_stems": torch.from_numpy((mixed & ~unnamed[:, None]).astype(np.float32)).to(device),
+        "grid": _dropped(conditions.grid(windows, length), 0.5, rng).to(device),
+        "chords": _dropped(conditions.chords(windows, length), 0.6, rng).to(device),
+    }
+    splits = torch.from_numpy(split & (times.sum(1) == 0))
+    return Batch(latents, inputs, loss_mask, splits, windows.mels, windows.mixture)
+
+
+def _dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
+    return x * torch.from_numpy((rng.random(len(x)) >= share).astype(np.float32))[:, None, None]
+
+
+@torch.no_grad()
+def _film(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: str) -> torch.Tensor:
+    """Half captions, a quarter audio embeddings of the mixture, a quarter the empty text's."""
+    captions = describe(windows, frozen.thresholds, rng)
+    kind = rng.random(len(captions))
+    texts = ["" if k < 0.25 else c for c, k in zip(captions, kind, strict=True)]
+    ids, mask = encode(frozen.tokenizer, texts)
+    film = frozen.towers.text(ids.to(device), mask.to(device))
+    heard = torch.from_numpy(kind > 0.75)
+    if heard.any():
+        film[heard] = frozen.towers.audio(windows.mixture[heard][:, None].to(device))
+    return film
+
+
+def draw_timesteps(batch: Batch, rng: np.random.Generator, device: str) -> torch.Tensor:
+    """Uniform; splits mostly at the last step, where the prediction is the posterior mean given the mixture."""
+    t = torch.from_numpy(rng.integers(0, LAST + 1, len(batch.splits)))
+    last = batch.splits & torch.from_numpy(rng.random(len(t)) < 0.75)
+    return torch.where(last, LAST, t).to(device)
+
+
+def diffusion_loss(
+    model: nn.Module, batch: Batch, frozen: Frozen, t: torch.Tensor, alphas: torch.Tensor, device: str
+) -> tuple[torch.Tensor, Logs]:
+    """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted per channel."""
+    a = alphas[t].sqrt()[:, None, None, None, None]
+    s = (1 - alphas[t]).sqrt()[:, None, None, None, None]
+    noise = torch.randn_like(batch.latents)
+    x = a * batch.latents + s * noise
+    with torch.autocast(device, dtype=torch.bfloat16):
+        v = model(x, t, **batch.inputs).float()
+    error = ((v - (a * noise - s * batch.latents)) ** 2 * frozen.channel_weight).mean((2, 4))
+    per_sample = (error * batch.loss_mask).sum((1, 2)) / batch.loss_mask.sum((1, 2)).clamp_min(1)
+    loss = per_sample.mean()
+    logs = {"mse": loss.item()}
+    first = batch.splits.to(device) & (t == LAST)
+    if first.any():
+        estimate = (a * x - s * v)[first] / frozen.scale
+        masked = mask_loss(
+            frozen,
+            estimate,
+            batch.mels[first.cpu()].to(device),
+            batch.mixture[first.cpu()].to(device),
+            device,
+        )
+        loss = loss + MASK_WEIGHT * masked * first.float().mean()
+        logs["mask_db"] = masked.item() * 10 / np.log(10)
+        logs["mse_split"] = per_sample[first].mean().item()
+    return loss, logs
+
+
+def mask_loss(
+    frozen: Frozen, latents: torch.Tensor, mels: torch.Tensor, mixture: torch.Tensor, device: str
+) -> torch.Tensor:
+    """Log error-to-signal ratio of what power-ratio masks take from the mixture's mel, per sounding stem."""
+    batch, stems = latents.shape[:2]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        decoded = frozen.vae.decoder(latents.flatten(0, 1)).float()
+    power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(2).exp()
+    mask = power / power.sum(1, keepdim=True)
+    estimate, truth = mask * mixture[:, None].exp(), mels.exp()
+    error = ((estimate - truth) ** 2).sum((2, 3))
+    energy = (truth**2).sum((2, 3))
+    sounding = (energy > 1e-3 * (mixture.exp() ** 2).sum((1, 2))[:, None]).float()
+    ratio = torch.log((error + 1e-6) / (energy + 1e-6)).clamp_min(-4.5)
+    return (ratio * sounding).sum() / sounding.sum().clamp_min(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, lr=6e-4)
+    parser.add_argument("--vae", type=Path, required=True, help="training folder of the VAE")
+    parser.add_argument("--towers", type=Path, required=True, help="training folder of the towers")
+    args = parser.parse_args()
+    config = loop_config(args, validate_every=300.0)
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    pool, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
+    frozen = freeze(args.vae, args.towers, pool[:64], args.device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    torch.save({"scale": frozen.scale}, config.out / "scale.pt")
+    alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
+    model = StemUNet(StemUNetConfig(film=frozen.towers.config.embedding))
+    state = {"songs": pool}
+
+    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+        if step % 500 == 499:
+            state["songs"] = load_songs(args.data / "train")  # rendering may still be adding songs
+        # half windows cost half, so most steps see twice as many songs
+        short = rng.random() < SHORT_SHARE
+        windows = draw(
+            state["songs"], args.batch * (2 if short else 1), rng, frames=FRAMES // (2 if short else 1)
+        )
+        batch = make_batch(windows, frozen, rng, args.device)
+        return diffusion_loss(
+            network, batch, frozen, draw_timesteps(batch, rng, args.device), alphas, args.device
+        )
+
+    @torch.no_grad()
+    def validate(network: nn.Module) -> Logs:
+        generator = np.random.default_rng(7)
+        torch_state = torch.get_rng_state()
+        torch.manual_seed(7)
+        rows: list[Logs] = []
+        for _ in range(3):
+            batch = make_batch(draw(held_out, 16, generator, augment=False), frozen, generator, args.device)
+            rows.append(
+                diffusion_loss(
+                    network, batch, frozen, draw_timesteps(batch, generator, args.device), alphas, args.device
+                )[1]
+            )
+        torch.set_rng_state(torch_state)
+        return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[0]} | {
+            "songs": float(len(state["songs"]))
+        }
+
+    print(f"{len(STEMS)} stems, windows of {WINDOW} latent frames, scale {frozen.scale:.4f}", flush=True)
+    train(model, loss, config, validate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""python -m training.train_vae: the KL-VAE on mels of single stems and of mixtures."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.patch_vae import PatchVAE, PatchVAEConfig
+from training.dataset import Song, draw, load_songs
+from training.loop import Logs, LoopConfig, add_arguments, loop_config, train
+from training.mel import LATENT_FRAMES
+
+FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
+KL_WEIGHT = 1e-4
+
+
+def batch_of_mels(
+    songs: list[Song], batch: int, rng: np.random.Generator, augment: bool = True
+) -> torch.Tensor:
+    """(5 B, 1, frames, mels): the four stems and the mixture of each window."""
+    windows = draw(songs, batch, rng, augment, FRAMES)
+    return torch.cat([windows.mels, windows.mixture[:, None]], 1).flatten(0, 1)[:, None]
+
+
+def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+    """L1 of log mels, loud bands weighing up to four times as much as those near the floor."""
+    weight = 1 + 3 * torch.sigmoid(mel + 4)
+    return ((estimate - mel).abs() * weight).mean() / weight.mean()
+
+
+def losses(model: nn.Module, mel: torch.Tensor, device: str) -> tuple[torch.Tensor, Logs]:
+    """Reconstruction + KL to a standard normal (Kingma & Welling 2014, eq. 10)."""
+    with torch.autocast(device, dtype=torch.bfloat16):
+        mean, log_variance = model.moments(mel)
+        mean, log_variance = mean.float(), log_variance.float()
+        latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        estimate = model.decoder(latents).float()
+    error = reconstruction(estimate, mel)
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    return error + KL_WEIGHT * kl, {"weighted_l1": error.item(), "kl": kl.item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser, lr=1.5e-3)
+    args = parser.parse_args()
+    config: LoopConfig = loop_config(args)
+    rng = np.random.default_rng(args.seed)
+    songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
+    model = PatchVAE(PatchVAEConfig())
+    patches = batch_of_mels(songs, 128, rng).reshape(-1, LATENT_FRAMES * model.config.mels)
+    model.set_principal_components(patches)
+    fixed = batch_of_mels(held_out, 24, np.random.default_rng(1), augment=False).to(args.device)
+
+    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+        del step
+        return losses(network, batch_of_mels(songs, args.batch, rng).to(args.device), args.device)
+
+    @torch.no_grad()
+    def validate(network: nn.Module) -> Logs:
+        mean, _ = network.moments(fixed)
+        estimate = network.decoder(mean)
+        loud = fixed > -5
+        return {
+            "l1": (estimate - fixed).abs().mean().item(),
+            "l1_loud": (estimate - fixed).abs()[loud].mean().item(),
+            "latent_std": mean.std().item(),
+        }
+
+    print(
+        "principal components alone:",
+        {k: round(v, 4) for k, v in validate(model.to(args.device).eval()).items()},
+    )
+    train(model, loss, config, validate)
+
+
+if __name__ == "__main__":
+    main()
