@@ -6,7 +6,9 @@ is imported late, so that Ctrl-C while Python still loads libraries is a sentenc
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -24,7 +26,15 @@ def main() -> NoReturn:
     """Entry point of the installed command."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(run(sys.argv[1:]))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or it goes to a full disk: Python must not try again as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 1
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,7 +49,6 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _failed(STOPPED, 1, arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 1
     except MemoryError:
         return _failed("There is not enough memory for this.", 1, arguments)
@@ -61,7 +70,8 @@ def _failed(sentence: str, status: int, arguments: Sequence[str]) -> int:
     sentence = sentence if sentence.endswith((".", "?", "!")) else sentence + "."
     print(sentence, file=sys.stderr)
     if "--json" in arguments:
-        print(json.dumps({"status": "error", "error": sentence}, ensure_ascii=False), flush=True)
+        with contextlib.suppress(OSError):
+            print(json.dumps({"status": "error", "error": sentence}, ensure_ascii=False), flush=True)
     return status
 
 

@@ -381,6 +381,24 @@ def test_a_disk_that_fills_up(
     assert not out.exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full stands for a full disk")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_results_that_cannot_be_printed(options: list[str]) -> None:
+    command = [sys.executable, "-m", "bridge.cli", "models", *options]
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1 and ran.stderr == "The disk is full.\n"
+
+
+def test_a_reader_that_left_early() -> None:
+    command = [sys.executable, "-m", "bridge.cli", "models", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_a_picture_that_fails_does_not_cost_the_take(
     tiny_bundle: Path, mix: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
