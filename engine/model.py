@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import time
@@ -217,6 +219,8 @@ class Model:
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         wanted = self._wanted_provider(onnxruntime)
+        if wanted == PROVIDERS["cuda"]:
+            _preload_cuda(onnxruntime)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=_provider_options(wanted))
         except Exception as error:  # onnxruntime's own classes share no public base
@@ -307,6 +311,14 @@ def _onnxruntime() -> Any:
         ) from error
     onnxruntime.set_default_logger_severity(4)  # a provider that fails to load is reported in our own words
     return onnxruntime
+
+
+def _preload_cuda(onnxruntime: Any) -> None:
+    """CUDA's libraries where pip puts them, which the system's loader does not search."""
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RuntimeError, OSError):
+            preload()
 
 
 def _load_tokenizer(bundle: Bundle, name: str, max_tokens: int) -> Any:
