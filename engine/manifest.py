@@ -11,9 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio")
-Capability = Literal[
-    "text", "audio", "context", "mixture", "grid", "chords", "distilled"
-]
+Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled"]
 
 
 class _Part(BaseModel):
@@ -81,7 +79,9 @@ class Clap(_Part):
     `audio` (B, samples) at `sample_rate` with exactly `samples` samples -> embedding.
     """
 
-    tokenizer: str | None = Field(default=None, description="file in the bundle (Hugging Face tokenizers JSON)")
+    tokenizer: str | None = Field(
+        default=None, description="file in the bundle (Hugging Face tokenizers JSON)"
+    )
     max_tokens: int = 77
     audio_input: Literal["mel", "audio"] = "mel"
     sample_rate: int | None = Field(default=None, description="Hz, when audio_input is 'audio'")
@@ -132,7 +132,9 @@ class Manifest(_Part):
     prediction: Literal["eps", "v", "x0"]
     sampling: Sampling
     window_frames: int = Field(gt=0, description="latent frames in a window, T")
-    dynamic_window: bool = Field(default=True, description="whether the UNet takes other T than window_frames")
+    dynamic_window: bool = Field(
+        default=True, description="whether the UNet takes other T than window_frames"
+    )
     capabilities: tuple[Capability, ...] = ()
     film_dim: int | None = Field(default=None, description="E; None: the UNet has no `film` input")
     film_uncond: tuple[float, ...] | None = Field(default=None, description="(E,), used for no prompt")
@@ -143,7 +145,9 @@ class Manifest(_Part):
     networks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="the configuration dataclass of each network, by graph name"
     )
-    files: dict[str, str] = Field(default_factory=dict, description="file name -> sha256, every file but this one")
+    files: dict[str, str] = Field(
+        default_factory=dict, description="file name -> sha256, every file but this one"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
