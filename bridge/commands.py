@@ -16,6 +16,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
 from bridge.models import describe, find_bundle, list_bundles, models_folder
+from engine.errors import BacklineError
 from engine.model import Device, Model
 from engine.separation import Method
 from engine.take import Settings
@@ -216,6 +217,55 @@ def split(
             callback=callback,
         )
     _report("split", opened, result, json_output)
+
+
+@app.command("import")
+def import_bundle(
+    checkpoint: Annotated[Path, typer.Argument(help="The .ckpt, or the .tar.gz that holds it.")],
+    config: Annotated[
+        Path, typer.Option("--config", help="The release's YAML, or JSON with the same names.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
+    weights: Annotated[Literal["ema", "raw"], typer.Option("--weights", help="Which copy to read.")] = "ema",
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option("--precision", help="How weights are stored.")
+    ] = "fp32",
+    vae: Annotated[Path | None, typer.Option("--vae", help="The VAE's file, where CKPT has none.")] = None,
+    vocoder: Annotated[Path | None, typer.Option("--vocoder", help="The vocoder's, likewise.")] = None,
+    clap: Annotated[Path | None, typer.Option("--clap", help="CLAP's, likewise.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="roberta-base's tokenizer.")] = None,
+    json_output: Json = False,
+    force: Force = False,
+) -> None:
+    """Turn a published Multi-Track MusicLDM checkpoint into a bundle; needs the extra 'export'."""
+    try:
+        from export.import_checkpoint import import_checkpoint
+    except ModuleNotFoundError as error:
+        raise BacklineError(
+            f"Importing needs {error.name}: install Backline with the extra 'export'."
+        ) from error
+    with progress("import") as callback:
+        imported = import_checkpoint(
+            checkpoint,
+            config,
+            out,
+            weights=weights,
+            precision=precision,
+            vae=vae,
+            vocoder=vocoder,
+            clap=clap,
+            tokenizer=tokenizer,
+            force=force,
+            callback=callback,
+        )
+    facts = {"read": imported.read, "unused": imported.unused, "foreign": imported.foreign}
+    if json_output:
+        print_json(
+            {"status": "done", "task": "import", "out": str(out), **facts, "missing": imported.missing}
+        )
+        return
+    print("\n".join(imported.lines()))
+    print(f"{out} is ready: give it to --model.")
 
 
 @app.command()

@@ -310,6 +310,21 @@ def test_a_bundle_that_is_none(mix: Path, tmp_path: Path, capsys: Capture) -> No
     refused(split(capsys, mix, tmp_path / "out", mix), 1, "no model bundle")
 
 
+def test_imports_that_cannot_be_done(
+    tiny_bundle: Path, mix: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(checkpoint: Path, config: Path, out: Path, *options: str) -> Ran:
+        return backline(capsys, "import", checkpoint, "--config", config, "--out", out, *options)
+
+    out = tmp_path / "out"
+    refused(imported(tmp_path / "none.ckpt", tmp_path / "none.yaml", out), 1, "does not exist")
+    refused(imported(mix, mix, tiny_bundle), 1, "exists", "--force")
+    refused(imported(mix, mix, out, "--weights", "heavy"), 2, "heavy")
+    monkeypatch.setitem(sys.modules, "export.import_checkpoint", None)
+    refused(imported(mix, mix, out), 1, "'export'")
+    assert not out.exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("existing", [False, True])
