@@ -137,11 +137,7 @@ def write_bundle(out: Path, fill: Callable[[Path], Manifest], *, force: bool = F
     (`force` replaces a bundle or an empty folder, never anything else), or where it cannot be written.
     """
     out = Path(out)
-    if out.exists():
-        if not force:
-            raise BacklineError(f"{out} exists; pass --force to replace it.")
-        if not _replaceable(out):
-            raise BacklineError(f"{out} exists and is no bundle, so it is not replaced.")
+    check_target(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -161,6 +157,14 @@ def write_bundle(out: Path, fill: Callable[[Path], Manifest], *, force: bool = F
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raises BacklineError where a bundle `out` may not be written because something is there."""
+    if out.exists() and not force:
+        raise BacklineError(f"{out} exists; pass --force to replace it.")
+    if out.exists() and not _replaceable(out):
+        raise BacklineError(f"{out} exists and is no bundle, so it is not replaced.")
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -196,7 +196,6 @@ def _trace(
             output_names=list(outputs),
             dynamic_axes=axes,
             opset_version=OPSET,
-            custom_opsets={"com.microsoft": 1},
             export_params=False,
             do_constant_folding=False,  # folding renames weights; onnxruntime folds when it loads
         )
