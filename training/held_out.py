@@ -17,7 +17,7 @@ FIRST_SEED = 2_000_000  # validation during training uses seeds from 1,000,000
 SECONDS = 262_144 / 22_050  # one chunk of MSDM's protocol, 11.9 s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """stems: (S, samples) true stems at 44.1 kHz, from a bar line; beat: seconds; and where it came from."""
 
