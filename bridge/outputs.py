@@ -34,8 +34,7 @@ def outputs(folder: Path, names: Iterable[str], *, force: bool = False) -> Itera
     try:
         yield staging
         _refuse_existing(folder, names, force)  # again: it may have taken minutes
-        for path in sorted(staging.iterdir()):
-            path.replace(folder / path.name)
+        _move_in(staging, folder)
         made = []
     except BacklineError as error:
         raise type(error)(str(error).replace(str(staging), str(folder))) from error
@@ -53,6 +52,27 @@ def free_folder(name: str) -> Path:
         count += 1
         path = Path(f"{name}-{count}")
     return path
+
+
+def _move_in(staging: Path, folder: Path) -> None:
+    """Move every file of `staging` to `folder`: all, or none and what they would replace is as it was."""
+    files = sorted(staging.iterdir())
+    replaced = staging / "replaced"
+    replaced.mkdir()
+    placed = []
+    try:
+        for path in files:
+            target = folder / path.name
+            if target.exists():
+                target.replace(replaced / path.name)
+            path.replace(target)
+            placed.append(target)
+    except BaseException:
+        for target in placed:
+            target.unlink(missing_ok=True)
+        for path in replaced.iterdir():
+            path.replace(folder / path.name)
+        raise
 
 
 def _make(folder: Path) -> list[Path]:

@@ -375,10 +375,25 @@ def test_a_full_disk(tiny_bundle: Path, mix: Path, small_disk: Path, capsys: Cap
     assert (small_disk / "drums.wav").read_bytes() == b"my best take"
 
 
-@pytest.mark.parametrize("calls", [1, 3, 5])
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("calls", [1, 3, 5, 6, 8])
 def test_a_disk_that_fills_up(
-    calls: int, tiny_bundle: Path, mix: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    calls: int,
+    existing: bool,
+    tiny_bundle: Path,
+    mix: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first four renames finish wavs in the hidden folder, the others move what is finished out of it."""
+    out = tmp_path / "out"
+    takes = (
+        {out / f"{name}.wav": f"my best {name}".encode() for name in ("bass", "drums")} if existing else {}
+    )
+    for path, content in takes.items():
+        out.mkdir(exist_ok=True)
+        path.write_bytes(content)
     real, left = os.replace, calls
 
     def replace(source: Path, target: Path) -> None:
@@ -389,11 +404,11 @@ def test_a_disk_that_fills_up(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    out = tmp_path / "out"
-    ran = split(capsys, mix, out, tiny_bundle)
+    ran = split(capsys, mix, out, tiny_bundle, "--force")
     refused(ran, 1, "disk is full")
     assert ".backline-" not in ran.err  # the hidden folder is nobody's business
-    assert not out.exists()
+    assert {path: path.read_bytes() for path in tmp_path.glob("out/*")} == takes
+    assert out.exists() == existing
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full stands for a full disk")
