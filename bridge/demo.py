@@ -165,7 +165,8 @@ def _grid(song: Path) -> dict[str, Any]:
     """Tempo and metre as song.json tells them, as the engine's arguments; empty where a song has none."""
     try:
         told = json.loads((song / "song.json").read_text("utf-8"))
-        return {key: told[key] for key in ("bpm", "beats_per_bar", "first_beat") if key in told}
+        kinds = {"bpm": float, "beats_per_bar": int, "first_beat": float}
+        return {key: kind(told[key]) for key, kind in kinds.items() if key in told}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:

@@ -33,7 +33,7 @@ def examine(model: str | Path | None, device: Device) -> Iterator[Finding]:
     """The findings in order; the slow one, a window generated and timed, comes last."""
     yield Finding("Backline", "ok", importlib.metadata.version("backline"))
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
-    yield Finding("processor", "ok", f"{_processor()}, {available_cores()} cores usable")
+    yield Finding("processor", "ok", f"{_processor()}, usable cores: {available_cores()}")
     yield Finding("GPU", "ok", _gpu() or "no NVIDIA GPU")
     yield from _onnxruntime()
     try:
