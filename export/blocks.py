@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class ConvBlock(nn.Module):
-    """ConvNeXt block over time (Liu et al. 2022), (B, T, C) -> (B, T, C), with optional FiLM (Perez et al. 2018)."""
+    """ConvNeXt block over time (Liu et al. 2022), optionally with FiLM (Perez et al. 2018), on (B, T, C)."""
 
     def __init__(self, dim: int, expansion: float, kernel: int = 7, cond: int | None = None) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ class CaptionTowersConfig:
 
 
 class TextTower(nn.Module):
-    """input_ids (B, L) i64, attention_mask (B, L) i64 -> embedding (B, E), unit norm. No words: a learnt point."""
+    """input_ids (B, L) i64, attention_mask (B, L) i64 -> unit embedding (B, E). No words: a learnt point."""
 
     def __init__(self, config: CaptionTowersConfig) -> None:
         super().__init__()

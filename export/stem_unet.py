@@ -36,7 +36,7 @@ class StemUNetConfig:
 
 
 class Attention(nn.Module):
-    """Pre-norm self-attention with rotary positions (Su et al. 2021) and a feed-forward, FiLM on both norms."""
+    """Pre-norm self-attention, rotary positions (Su et al. 2021), FiLM on its norm, and a feed-forward."""
 
     def __init__(self, dim: int, heads: int, cond: int, expansion: float) -> None:
         super().__init__()
@@ -103,28 +103,31 @@ class StemUNet(nn.Module):
         nn.init.zeros_(self.outward.bias)
 
     def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, film: torch.Tensor, context: torch.Tensor,
-        context_mask: torch.Tensor, mixture: torch.Tensor, mixture_mask: torch.Tensor,
-        mixture_stems: torch.Tensor, grid: torch.Tensor, chords: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        film: torch.Tensor,
+        context: torch.Tensor,
+        context_mask: torch.Tensor,
+        mixture: torch.Tensor,
+        mixture_mask: torch.Tensor,
+        mixture_stems: torch.Tensor,
+        grid: torch.Tensor,
+        chords: torch.Tensor,
+    ) -> torch.Tensor:
         c = self.config
         batch, length = latents.shape[0], latents.shape[3]
         stems = mixture_stems[:, None] * mixture_mask[..., None]
-        x = torch.cat(
-            [
-                _frames(latents), _frames(context), context_mask.transpose(1, 2), _frames(mixture[:, None]),
-                mixture_mask[..., None], stems, grid, chords,
-            ],
-            -1,
-        )  # fmt: skip
+        known = [_frames(context), context_mask.transpose(1, 2)]
+        heard = [_frames(mixture[:, None]), mixture_mask[..., None], stems]
+        x = torch.cat([_frames(latents), *known, *heard, grid, chords], -1)
         cond = self.time(timestep_embedding(timestep, c.cond))
         cond = self.cond(torch.cat([cond, self.film(film) * math.sqrt(c.film)], -1))
         h = self.inward(x)
         for block in self.down:
             h = block(h, cond)
-        inner = self.shrink(F.pad(h.transpose(1, 2), (0, 1))).transpose(
-            1, 2
-        )  # an odd length gains half a pair
+        padded = F.pad(h.transpose(1, 2), (0, 1))  # so that the last frame of an odd length has a pair
+        inner = self.shrink(padded).transpose(1, 2)
         cos, sin = self._rotation(inner)
         for layer in self.layers:
             inner = layer(inner, cond, cos, sin)

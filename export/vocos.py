@@ -1,7 +1,7 @@
 """The default family's vocoder: ConvNeXt blocks at the mel's rate and an inverse STFT (Vocos, Siuzdak 2023).
 
-The head writes `hop // n_fft`-dense spectra: `split` of them per mel frame, so that the synthesis window
-is shorter than the analysis window and transients stay sharp.
+The head writes `split` spectra per mel frame, so that the synthesis window is shorter than the analysis
+window and transients stay sharp.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class InverseFFT(nn.Module):
         n = torch.arange(self.side, dtype=torch.float64)
         small = 2 * math.pi * torch.outer(n, n) / self.side
         twiddle = 2 * math.pi * torch.outer(n, n) / n_fft
-        # kept as angles of unit entries in float32; they are tables, not weights, and stay out of the state dict
+        # tables, not weights: they stay out of the state dict
         self.tables: dict[str, torch.Tensor] = {
-            "cos": small.cos().float(), "sin": small.sin().float(),
-            "twiddle_cos": twiddle.cos().float(), "twiddle_sin": twiddle.sin().float(),
-        }  # fmt: skip
+            "cos": small.cos().float(),
+            "sin": small.sin().float(),
+            "twiddle_cos": twiddle.cos().float(),
+            "twiddle_sin": twiddle.sin().float(),
+        }
 
     def forward(self, real: torch.Tensor, imaginary: torch.Tensor) -> torch.Tensor:
         n, length, _ = real.shape
@@ -100,8 +102,8 @@ class Vocos(nn.Module):
         hop = self.config.n_fft // 4
         quarters = frames.reshape(frames.shape[0], frames.shape[1], 4, hop)
         pad = nn.functional.pad
-        total = sum(pad(quarters[:, :, q], (0, 0, q, 3 - q)) for q in range(4))
+        first, second, third, fourth = (pad(quarters[:, :, q], (0, 0, q, 3 - q)) for q in range(4))
+        total = first + second + third + fourth
         # frame i covers quarters i .. i + 3; without the first quarter it is centred on sample (i + 1) hop
         length = frames.shape[1]
-        audio = total[:, 1 : 1 + length].reshape(frames.shape[0], 1, length * hop)
-        return audio
+        return total[:, 1 : 1 + length].reshape(frames.shape[0], 1, length * hop)

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import symusic
 from numpy.typing import NDArray
 
 from training.charts import Chord, random_chart, timeline
-from training.grooves import HELD_OUT, Groove, play, role_of, spread
+from training.grooves import HELD_OUT, Groove, Score, play, role_of, spread
+from training.stems import STEMS
 
-STEMS = ("bass", "drums", "guitar", "piano")
 RANGES = {"bass": (28, 55), "guitar": (40, 84), "piano": (33, 96)}  # MIDI pitches a player would use
 
 
 @dataclass(frozen=True)
 class Song:
-    """Notes per stem as rows (onset s, duration s, pitch, velocity), and the labels that are known for free."""
+    """Notes per stem as rows (onset s, duration s, pitch, velocity), and the labels known for free."""
 
     notes: dict[str, NDArray[np.float64]]
     bpm: float
@@ -38,8 +37,8 @@ def split_grooves(grooves: list[Groove], held_out: bool) -> list[Groove]:
     return [g for g in grooves if (g.library in HELD_OUT) == held_out]
 
 
-def _part(score: symusic.Score, stem: str, bpm: float) -> NDArray[np.float64]:
-    """A stem's notes in seconds. A chord part of another sound stands in when the stem has none of its own."""
+def part_of(score: Score, stem: str, bpm: float) -> NDArray[np.float64]:
+    """A stem's notes (n, 4) in seconds. A chord part of another sound stands in where the stem has none."""
     tracks = [t for t in score.tracks if role_of(t) == stem]
     if not tracks and stem in ("guitar", "piano"):
         tracks = [t for t in score.tracks if role_of(t) == "chordal"][:1]
@@ -48,8 +47,8 @@ def _part(score: symusic.Score, stem: str, bpm: float) -> NDArray[np.float64]:
     return np.array(sorted(rows), dtype=np.float64).reshape(-1, 4)
 
 
-def _folded(notes: NDArray[np.float64], stem: str) -> NDArray[np.float64]:
-    """Octaves moved into the range of the instrument."""
+def folded(notes: NDArray[np.float64], stem: str) -> NDArray[np.float64]:
+    """The notes, changed in place: octaves moved into the range of the instrument."""
     if stem in RANGES and len(notes):
         low, high = RANGES[stem]
         pitch = notes[:, 2]
@@ -81,7 +80,10 @@ def _sequence(groove: Groove, grooves: list[Groove], stem: str, rng: np.random.G
 
 
 def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float = 60.0) -> Song:
-    """A random band over a random chart. Raises subprocess.CalledProcessError when MMA refuses a combination."""
+    """A random band over a random chart.
+
+    Raises subprocess.CalledProcessError when MMA refuses a combination, TimeoutExpired when it hangs.
+    """
     base = grooves[int(rng.integers(len(grooves)))]
     while not {"bass", "drums"} <= set(base.roles):
         base = grooves[int(rng.integers(len(grooves)))]
@@ -94,7 +96,7 @@ def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float =
     matching = [g for g in grooves if g.beats_per_bar == base.beats_per_bar and g.swing == base.swing]
     notes, taken = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        scores: dict[str, symusic.Score] = {}
+        scores: dict[str, Score] = {}
         for stem in STEMS:
             groove = base
             if not _plays(base, stem) or rng.random() < 0.35:
@@ -104,18 +106,18 @@ def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float =
             if taken[stem] not in scores:
                 seed = int(rng.integers(1 << 30))
                 scores[taken[stem]] = play(taken[stem], placed, bpm, seed, Path(folder))
-            notes[stem] = _humanised(_folded(_part(scores[taken[stem]], stem, bpm), stem), rng)
+            notes[stem] = _humanised(folded(part_of(scores[taken[stem]], stem, bpm), stem), rng)
     length = bars * base.beats_per_bar * 60 / bpm
     return Song(
-        notes,
-        bpm,
-        base.beats_per_bar,
-        length,
-        timeline(chart, base.beats_per_bar),
-        key,
-        base.library,
-        taken,
-        base.swing,
+        notes=notes,
+        bpm=bpm,
+        beats_per_bar=base.beats_per_bar,
+        seconds=length,
+        chords=timeline(chart, base.beats_per_bar),
+        key=key,
+        style=base.library,
+        grooves=taken,
+        swing=base.swing,
     )
 
 

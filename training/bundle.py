@@ -13,17 +13,17 @@ from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Samplin
 from export.bundle_writer import export_bundle
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
-from training.bands import STEMS
 from training.captions import encode
 from training.dataset import MIXTURE_DB, load_songs
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
+from training.stems import STEMS
 from training.train_unet import SCHEDULE, freeze
 
 PROVENANCE = (
-    "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over generated "
-    "chord charts, rendered with FluidR3, MuseScore General, OPL3-FM, parts of Merlin, sampled instruments from npm, "
-    "Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was held out."
+    "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
+    "generated chord charts, rendered with FluidR3, MuseScore General, OPL3-FM, parts of Merlin, sampled "
+    "instruments from npm, Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was held out."
 )
 CONTEXT_DB = MIXTURE_DB - 1.5  # a band without one of its stems
 
@@ -36,16 +36,16 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder with vae/, towers/, vocoder/ and unet/"
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--version", required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--version", required=True, help="of the model, for its manifest")
+    parser.add_argument("--steps", type=int, default=20, help="default of the jobs (%(default)s)")
+    parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     runs = {name: args.runs / name for name in ("vae", "towers", "vocoder", "unet")}
     songs = load_songs(args.data / "train")
@@ -77,14 +77,22 @@ def main() -> None:
         chords=Chords(),
         level=Level(mixture_db=MIXTURE_DB, context_db=CONTEXT_DB),
         networks={
-            "unet": asdict(unet.config), "vae_encoder": asdict(vae.config), "vae_decoder": asdict(vae.config),
-            "vocoder": asdict(vocoder.config), "clap_text": asdict(towers.config), "clap_audio": asdict(towers.config),
+            "unet": asdict(unet.config),
+            "vae_encoder": asdict(vae.config),
+            "vae_decoder": asdict(vae.config),
+            "vocoder": asdict(vocoder.config),
+            "clap_text": asdict(towers.config),
+            "clap_audio": asdict(towers.config),
         },
-    )  # fmt: skip
+    )
     networks = {
-        "unet": unet, "vae_encoder": vae.encoder, "vae_decoder": vae.decoder, "vocoder": vocoder,
-        "clap_text": towers.text, "clap_audio": towers.audio,
-    }  # fmt: skip
+        "unet": unet,
+        "vae_encoder": vae.encoder,
+        "vae_decoder": vae.decoder,
+        "vocoder": vocoder,
+        "clap_text": towers.text,
+        "clap_audio": towers.audio,
+    }
     extra = {"tokenizer.json": (runs["towers"] / "tokenizer.json").read_bytes()}
     written = export_bundle(args.out, manifest, networks, half=True, extra=extra, force=args.force)
     size = sum(p.stat().st_size for p in args.out.iterdir())

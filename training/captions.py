@@ -1,4 +1,4 @@
-"""Words for a window of music: measured (tempo, density, brightness) or known (instruments, style, key, metre)."""
+"""Words for a window of music: measured (density, brightness) or known (tempo, instruments, style, key)."""
 
 from __future__ import annotations
 
@@ -10,40 +10,23 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from training.bands import STEMS
-from training.dataset import Song, Windows, draw
+from training.dataset import RenderedSong, Windows, draw
 from training.mel import FLOOR, GEOMETRY
+from training.stems import STEMS
 
 STYLE_WORDS = (
-    "rock", "swing", "jazz", "waltz", "ballad", "blues", "bossa", "samba", "folk", "country", "march", "polka",
-    "tango", "rhumba", "salsa", "mambo", "merengue", "calypso", "ska", "funk", "soul", "ragtime", "twist", "disco",
-    "broadway", "foxtrot", "bolero", "beguine", "latin", "cha", "gypsy", "bluegrass", "spiritual", "dixie", "trance",
-    "pop", "soft", "light", "combo", "bebop", "boogie", "zydeco", "charleston", "hymn", "lullaby", "arpeggio",
+    "rock", "swing", "jazz", "waltz", "ballad", "blues", "bossa", "samba", "folk", "country", "march",
+    "polka", "tango", "rhumba", "salsa", "mambo", "merengue", "calypso", "ska", "funk", "soul", "ragtime",
+    "twist", "disco", "broadway", "foxtrot", "bolero", "beguine", "latin", "cha", "gypsy", "bluegrass",
+    "spiritual", "dixie", "trance", "pop", "soft", "light", "combo", "bebop", "boogie", "zydeco",
+    "charleston", "hymn", "lullaby", "arpeggio",
 )  # fmt: skip
-FILLER = [
-    "a",
-    "an",
-    "the",
-    "with",
-    "and",
-    "in",
-    "at",
-    "by",
-    "of",
-    "no",
-    "without",
-    "band",
-    "song",
-    "music",
-    "track",
-    "groove",
-    "plays",
-    "playing",
-    "sound",
-    "style",
-    "feel",
-    "loop",
-]
+MEASURED_WORDS = ("slow", "fast", "sparse", "busy", "dark", "bright", "major", "minor", "bpm")
+FILLER = (
+    "a", "an", "the", "with", "and", "in", "at", "by", "of", "no", "without", "band", "song", "music",
+    "track", "groove", "plays", "playing", "sound", "style", "feel", "loop",
+)  # fmt: skip
+PACE = (95.0, 125.0)  # bpm; slower is slow, faster is fast
 FRAME_RATE = GEOMETRY.sample_rate / GEOMETRY.hop
 
 
@@ -54,7 +37,7 @@ def centroid(mels: torch.Tensor) -> torch.Tensor:
     return (magnitude * bands).sum((-1, -2)) / magnitude.sum((-1, -2)).clamp_min(1e-6)
 
 
-def onset_density(song: Song, start: int, frames: int) -> float:
+def onset_density(song: RenderedSong, start: int, frames: int) -> float:
     """Different onset times (50 ms apart) of all stems together, per second."""
     begin, end = start / FRAME_RATE, (start + frames) / FRAME_RATE
     inside = np.searchsorted(song.onsets, end) - np.searchsorted(song.onsets, begin)
@@ -69,16 +52,15 @@ class Thresholds:
     density: tuple[float, float]
 
 
-def measure_thresholds(songs: list[Song], windows: int = 256) -> Thresholds:
+def measure_thresholds(songs: list[RenderedSong], windows: int = 256) -> Thresholds:
     """The thirds over random augmented windows; the same songs and count give the same numbers."""
     rng = np.random.default_rng(0)
     bright, dense = [], []
     for _ in range(windows // 16):
         batch = draw(songs, 16, rng)
         bright.append(torch.cat([centroid(batch.mixture)[:, None], centroid(batch.mels)], 1).numpy())
-        dense += [
-            onset_density(s, t, batch.mels.shape[2]) for s, t in zip(batch.songs, batch.starts, strict=True)
-        ]
+        length = batch.mels.shape[2]
+        dense += [onset_density(s, t, length) for s, t in zip(batch.songs, batch.starts, strict=True)]
     columns = np.concatenate(bright).T
     thirds = tuple((float(a), float(b)) for a, b in (np.quantile(c[c > 0], (1 / 3, 2 / 3)) for c in columns))
     low, high = np.quantile(dense, (1 / 3, 2 / 3))
@@ -88,9 +70,8 @@ def measure_thresholds(songs: list[Song], windows: int = 256) -> Thresholds:
 def load_thresholds(towers: Path) -> Thresholds:
     """What `training.train_towers` measured and trained with."""
     stored = json.loads((towers / "thresholds.json").read_text())
-    return Thresholds(
-        tuple((a, b) for a, b in stored["brightness"]), (stored["density"][0], stored["density"][1])
-    )
+    low, high = stored["density"]
+    return Thresholds(tuple((a, b) for a, b in stored["brightness"]), (low, high))
 
 
 def _level(value: float, thirds: tuple[float, float], low: str, high: str) -> str | None:
@@ -114,14 +95,16 @@ def describe(batch: Windows, thresholds: Thresholds, rng: np.random.Generator) -
 def _caption(
     batch: Windows, b: int, brightness: list[float], limits: Thresholds, rng: np.random.Generator
 ) -> str:
-    labels, keep = batch.songs[b].labels, lambda p=0.5: rng.random() < p
-    bpm, head = labels["bpm"], []
-    pace = _level(bpm, (95.0, 125.0), "slow", "fast")
-    density = _level(
-        onset_density(batch.songs[b], batch.starts[b], batch.mels.shape[2]), limits.density, "sparse", "busy"
-    )
+    def keep(share: float) -> bool:
+        return rng.random() < share
+
+    song, labels = batch.songs[b], batch.songs[b].labels
+    bpm = labels["bpm"]
+    pace = _level(bpm, PACE, "slow", "fast")
+    onsets = onset_density(song, batch.starts[b], batch.mels.shape[2])
+    density = _level(onsets, limits.density, "sparse", "busy")
     tone = _level(brightness[0], limits.brightness[0], "dark", "bright")
-    head += [w for w in (pace, density, tone) if w and keep(0.6)]
+    head = [w for w in (pace, density, tone) if w and keep(0.6)]
     styles = style_words(labels["style"], labels["beats_per_bar"], labels["swing"])
     if styles and keep(0.7):
         head += styles
@@ -146,22 +129,9 @@ def _caption(
     return text.strip()
 
 
-def make_tokenizer(songs: list[Song]) -> Tokenizer:
-    """A word-level tokenizer over every word a caption can hold; unknown words are dropped by the mask."""
-    words = {
-        "slow",
-        "fast",
-        "sparse",
-        "busy",
-        "dark",
-        "bright",
-        "major",
-        "minor",
-        "bpm",
-        *STYLE_WORDS,
-        *FILLER,
-        *STEMS,
-    }
+def make_tokenizer(songs: list[RenderedSong]) -> Tokenizer:
+    """A word-level tokenizer over every word a caption can hold; other words become [UNK]."""
+    words = {*MEASURED_WORDS, *STYLE_WORDS, *FILLER, *STEMS}
     words |= {str(n) for n in range(40, 260, 10)}
     for song in songs:
         for renders in song.labels["sources"]:
@@ -180,10 +150,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.
     """input_ids and attention_mask (B, L), padded to the longest; an empty text has an empty mask."""
     rows = [tokenizer.encode(t).ids for t in texts]
     length = max(1, max(len(r) for r in rows))
-    ids, mask = (
-        torch.zeros(len(rows), length, dtype=torch.int64),
-        torch.zeros(len(rows), length, dtype=torch.int64),
-    )
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         mask[i, : len(row)] = 1

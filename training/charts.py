@@ -62,8 +62,8 @@ class Chord:
 
 
 def _symbol(token: str, tonic: int, sevenths: bool) -> str:
+    # no degree is followed by a quality that begins with a digit: its digits would join the degree's
     digits = len(token) - len(token.lstrip("0123456789"))
-    # "07" cannot occur: degrees are 0..11 and a quality that starts with a digit is written after them
     degree, quality = int(token[:digits]), token[digits:]
     if sevenths and quality == "" and degree == 7:
         quality = "7"

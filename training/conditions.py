@@ -18,10 +18,8 @@ def grid(batch: Windows, length: int) -> torch.Tensor:
         bpm, per_bar = song.labels["bpm"], song.labels["beats_per_bar"]
         beats = _centres(start, length) * bpm / 60
         beat, bar = 2 * np.pi * beats, 2 * np.pi * beats / per_bar
-        one = np.ones(length)
-        rows.append(
-            np.stack([np.sin(beat), np.cos(beat), np.sin(bar), np.cos(bar), one * np.log2(bpm / 120), one], 1)
-        )
+        phases = [np.sin(beat), np.cos(beat), np.sin(bar), np.cos(bar)]
+        rows.append(np.stack([*phases, np.full(length, np.log2(bpm / 120)), np.ones(length)], 1))
     return torch.from_numpy(np.stack(rows)).float()
 
 

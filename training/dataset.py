@@ -1,8 +1,8 @@
 """Windows of bands from rendered songs, as log mels, with augmentation that costs almost nothing.
 
-Sounds are recombined per window: each stem takes a random render, gain and equaliser (a smooth curve added to its
-log mel), some stems fall silent. The mixture's mel is the power sum of the stems' with a random interference
-term, so that no audio has to be mixed.
+Sounds are recombined per window: each stem takes a random render, gain and equaliser (a smooth curve added to
+its log mel), some stems fall silent. The mixture's mel is the power sum of the stems' with a random
+interference term, so that no audio has to be mixed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 
 from engine.features import mel_filterbank
-from training.bands import STEMS
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, QUANTUM, WINDOW
+from training.stems import STEMS
 
 MIXTURE_DB = -8.0  # mean squared mel magnitude of a full band, see engine.manifest.Level
 FRAMES = WINDOW * LATENT_FRAMES
 
 
 @dataclass(frozen=True)
-class Song:
+class RenderedSong:
+    """One song of a folder that training.render wrote."""
+
     mels: np.ndarray  # uint8 (stems, renders, frames, mels), memory mapped
     labels: dict[str, Any]
     onsets: np.ndarray  # seconds at which any stem begins a note, in steps of 50 ms
@@ -32,17 +34,17 @@ class Song:
 
 @dataclass(frozen=True)
 class Windows:
-    """A batch: stem log mels (B, S, frames, mels), their mixture (B, frames, mels), and where each came from."""
+    """A batch: stem log mels (B, S, frames, mels), mixtures (B, frames, mels), and where each came from."""
 
     mels: torch.Tensor
     mixture: torch.Tensor
-    songs: list[Song]
+    songs: list[RenderedSong]
     starts: list[int]  # first mel frame
     renders: np.ndarray  # (B, S)
 
 
-def load_songs(folder: Path) -> list[Song]:
-    """Every finished song of a folder, in order. Raises FileNotFoundError when there is none."""
+def load_songs(folder: Path) -> list[RenderedSong]:
+    """Every finished song of a folder that is long enough. Raises FileNotFoundError where there is none."""
     paths = sorted(p for p in folder.glob("[0-9]*.npy") if p.suffixes == [".npy"])
     songs = [song for song in map(_load_song, paths) if song.mels.shape[2] >= FRAMES]
     if not songs:
@@ -50,23 +52,29 @@ def load_songs(folder: Path) -> list[Song]:
     return songs
 
 
-def _load_song(path: Path) -> Song:
+def _load_song(path: Path) -> RenderedSong:
     labels = json.loads(path.with_suffix(".json").read_text())
     times = np.concatenate([np.asarray(labels["onsets"][stem]) for stem in STEMS])
-    return Song(np.load(path, mmap_mode="r"), labels, np.unique((times * 20).astype(int)) / 20)
+    return RenderedSong(np.load(path, mmap_mode="r"), labels, np.unique((times * 20).astype(int)) / 20)
 
 
 def draw(
-    songs: list[Song], batch: int, rng: np.random.Generator, augment: bool = True, frames: int = FRAMES
+    songs: list[RenderedSong],
+    batch: int,
+    rng: np.random.Generator,
+    augment: bool = True,
+    frames: int = FRAMES,
 ) -> Windows:
     """A random batch of windows at the training level (with a few dB of scatter when augmenting)."""
     chosen = [songs[int(i)] for i in rng.integers(len(songs), size=batch)]
     starts = [int(rng.integers(s.mels.shape[2] - frames + 1)) for s in chosen]
     renders = np.stack([rng.integers(s.mels.shape[1], size=len(STEMS)) for s in chosen])
-    stored = np.stack([
-        np.stack([song.mels[i, renders[b, i], start : start + frames] for i in range(len(STEMS))])
-        for b, (song, start) in enumerate(zip(chosen, starts, strict=True))
-    ])  # fmt: skip
+    stored = np.stack(
+        [
+            np.stack([song.mels[i, render, start : start + frames] for i, render in enumerate(row)])
+            for song, start, row in zip(chosen, starts, renders, strict=True)
+        ]
+    )
     magnitude = torch.from_numpy(_MAGNITUDES[stored])
     if augment:
         magnitude *= _random_gains(len(chosen), rng)
@@ -97,8 +105,8 @@ def _random_gains(batch: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy((10 ** (db / 20) * ~silent[:, :, None, None]).astype(np.float32))
 
 
-# Tables, because a window holds a million bands: magnitudes of stored bytes (a band at the floor is nothing), and
-# cosines and sines of random phases, read from a random place.
+# Tables, because a window holds half a million bands: magnitudes of stored bytes (a band at the floor is
+# nothing), and cosines and sines of random phases, read from a random place.
 _MAGNITUDES = np.concatenate([[0], np.exp(np.arange(1, 256) * QUANTUM + FLOOR)]).astype(np.float32)
 _PHASES = np.random.default_rng(0).uniform(0, 2 * np.pi, 1 << 21)
 _COS, _SIN = torch.from_numpy(np.cos(_PHASES)).float(), torch.from_numpy(np.sin(_PHASES)).float()
@@ -126,6 +134,6 @@ def mix_power(magnitude: torch.Tensor, rng: np.random.Generator) -> torch.Tensor
 
 
 def mix(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Stem log mels (B, S, frames, mels) -> the mixture's (B, frames, mels); a stem at the floor adds nothing."""
+    """Stem log mels (B, S, frames, mels) -> the mixture's (B, frames, mels); the floor adds nothing."""
     magnitude = torch.where(mels > FLOOR + 1e-3, mels.exp(), 0.0)
     return floored(0.5 * mix_power(magnitude, rng).log())

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from training.bands import STEMS, split_grooves, try_song
+from training.bands import split_grooves, try_song
 from training.grooves import list_grooves
 from training.render import levelled
 from training.sources import RATE, soundfont
+from training.stems import STEMS
 
 FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"  # MIT licence
 PROGRAMS = {"bass": 33, "drums": 0, "guitar": 25, "piano": 0}
@@ -23,7 +24,7 @@ SEED, BARS = 3_000_002, 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
-    parser.add_argument("--out", type=Path, default=Path("bridge/demo_song"))
+    parser.add_argument("--out", type=Path, default=Path("bridge/demo_song"), help="folder (%(default)s)")
     parser.add_argument("--library", default="softrock", help="held-out MMA library of the rhythm section")
     args = parser.parse_args()
     held_out = split_grooves(list_grooves(args.grooves), held_out=True)
@@ -40,9 +41,14 @@ def main() -> None:
         sf.write(args.out / f"{stem}.flac", levelled(audio, LEVELS[stem]), RATE, subtype="PCM_16")
     chords = [c.symbol for c in song.chords if 8 <= c.beat / song.beats_per_bar < 8 + BARS]
     about = {
-        "bpm": song.bpm, "beats_per_bar": song.beats_per_bar, "key": song.key, "chords": chords, "grooves": song.grooves,
-        "licence": "CC0-1.0", "made_with": "MMA's stdlib, played by FluidR3 (MIT)",
-    }  # fmt: skip
+        "bpm": song.bpm,
+        "beats_per_bar": song.beats_per_bar,
+        "key": song.key,
+        "chords": chords,
+        "grooves": song.grooves,
+        "licence": "CC0-1.0",
+        "made_with": "MMA's stdlib, played by FluidR3 (MIT)",
+    }
     (args.out / "song.json").write_text(json.dumps(about, indent=1) + "\n")
     print(json.dumps(about))
 

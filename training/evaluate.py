@@ -1,7 +1,7 @@
 """python -m training.evaluate: what a bundle can do, on the held-out set; one JSON and one Markdown table.
 
-Every figure has what it must be read against beside it: the true stem, a copy of the context and a static chord
-drone for `fill`; the ideal mask and a shuffled mixture for `split`; held-out songs for novelty.
+Every figure has what it must be read against beside it: the true stem, a copy of the context and a static
+chord drone for `fill`; the ideal mask and a shuffled mixture for `split`; held-out songs for novelty.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,21 @@ from tqdm import tqdm
 from engine.audio import Audio, resample
 from engine.features import log_mel
 from engine.model import Model
-from engine.separation import mask_mix
+from engine.separation import Method, mask_mix
 from engine.take import Settings
 from engine.tasks import fill, generate, split
 from training import metrics
-from training.bands import STEMS
-from training.dataset import Song, load_songs
+from training.dataset import RenderedSong, load_songs
 from training.held_out import Window, held_out_windows
 from training.loop import load_ema
-from training.mel import FLOOR, GEOMETRY, QUANTUM
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, QUANTUM
 from training.metrics import Array
+from training.stems import STEMS
 from training.train_classifier import StemClassifier
 
 RATE = GEOMETRY.sample_rate
 FILL_SECONDS = 10.0
+PARTS = ("fill", "split", "prompts", "novelty", "speed", "seeds")
 PAPER = {"dirac": (3.26, 3.63, 2.79, 2.58), "gaussian": (3.23, 3.07, 1.97, 2.53)}  # arXiv:2409.02845
 # Opposed captions, the figure that must rise from the first to the second, and the stem it is measured on.
 PROMPTS = (
@@ -51,46 +51,38 @@ PROMPTS = (
     ("acoustic bass", "bright electric bass", "brightness", "bass"),
     ("dark drum kit", "bright drum kit", "brightness", "drums"),
 )
+Separate = Callable[[Window, Audio], Array]  # a window and its mix -> estimated stems (S, samples)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """The stem classifier, from its training folder."""
-
-    network: StemClassifier
-
-    def names(self, audio: Array) -> str:
-        """The stem that a 10 s signal sounds like."""
-        mel = torch.from_numpy(log_mel(audio[None].astype(np.float32), GEOMETRY))[:, None]
-        with torch.no_grad():
-            return STEMS[int(self.network(mel).argmax())]
+def sounds_like(classifier: StemClassifier, audio: Array) -> str:
+    """The stem that a 10 s signal sounds like."""
+    mel = torch.from_numpy(log_mel(audio[None].astype(np.float32), GEOMETRY))[:, None]
+    with torch.no_grad():
+        return STEMS[int(classifier(mel).argmax())]
 
 
 def _mono(audio: Audio) -> Array:
     return audio.samples.mean(0)
 
 
-def _fill_piece(window: Window) -> Array:
-    return window.stems[:, : round(FILL_SECONDS * RATE)]
-
-
-def evaluate_fill(model: Model, windows: list[Window], judge: Judge, seed: int = 0) -> dict[str, Any]:
-    """Each stem generated against the other three; see the module's table for what is compared."""
+def evaluate_fill(
+    model: Model, windows: list[Window], classifier: StemClassifier, seed: int = 0
+) -> dict[str, Any]:
+    """Each stem generated against the other three, beside the true stem, the context's copy and a drone."""
     result: dict[str, Any] = {}
     for i, stem in enumerate(STEMS):
         made: dict[str, list[Array]] = {"generated": [], "true": [], "copy": [], "drone": []}
         contexts, copies, levels = [], [], []
         for window in tqdm(windows, desc=f"fill {stem}", mininterval=5):
-            truth = _fill_piece(window)
+            truth = window.stems[:, : round(FILL_SECONDS * RATE)]
             given = {s: Audio(truth[j][None], RATE) for j, s in enumerate(STEMS) if j != i}
             take = fill(model, given, [stem], settings=Settings(seed=seed + window.seed))
             generated = _mono(take.stems[stem])
             context = truth.sum(0) - truth[i]
-            tones = window.song.chords[0].tones
             made["generated"].append(generated)
             made["true"].append(truth[i])
             made["copy"].append(context)
-            made["drone"].append(metrics.drone(tones, len(context)))
+            made["drone"].append(metrics.drone(window.song.chords[0].tones, len(context)))
             contexts.append(metrics.listening_feature(context, stem))
             copies.append(max(metrics.si_sdr(generated, truth[j]) for j in range(len(STEMS)) if j != i))
             levels.append(metrics.rms_db(generated) - metrics.rms_db(truth[i]))
@@ -101,7 +93,7 @@ def evaluate_fill(model: Model, windows: list[Window], judge: Judge, seed: int =
             shares[kind] = {
                 "own": metrics.share_of_own(features, contexts),
                 "aligned": metrics.share_of_aligned(features, contexts, beats, stem),
-                "sounds_like_role": float(np.mean([judge.names(s) == stem for s in signals])),
+                "sounds_like_role": float(np.mean([sounds_like(classifier, s) == stem for s in signals])),
             }
         result[stem] = shares | {
             "own_of_true": shares["generated"]["own"] / shares["true"]["own"],
@@ -116,40 +108,40 @@ def evaluate_fill(model: Model, windows: list[Window], judge: Judge, seed: int =
     return result
 
 
-def _scores(estimate: Callable[[Window, Audio], Array], windows: list[Window], name: str) -> dict[str, Any]:
+def score_split(separate: Separate, windows: list[Window], name: str) -> dict[str, Any]:
+    """SI-SDRi of one method: per stem the mean and its 95 % interval, and the mean over stems."""
     rows: list[tuple[int, float]] = []
     for window in tqdm(windows, desc=f"split {name}", mininterval=5):
-        estimates = estimate(window, Audio(window.mixture[None], RATE))
+        estimates = separate(window, Audio(window.mixture[None], RATE))
         low = [
             resample(Audio(x.astype(np.float32), RATE), metrics.MSDM_RATE).samples
             for x in (estimates, window.stems)
         ]
         rows += metrics.msdm_improvements(low[0], low[1])
     per_stem = {s: [v for k, v in rows if k == i] for i, s in enumerate(STEMS)}
-    means = {s: float(np.mean(v)) for s, v in per_stem.items()}
-    intervals = {s: metrics.interval(v) for s, v in per_stem.items()}
+    averages = {s: float(np.mean(v)) for s, v in per_stem.items()}
     return {
-        "mean": float(np.mean(list(means.values()))),
-        "stems": means,
-        "interval": intervals,
+        "mean": float(np.mean(list(averages.values()))),
+        "stems": averages,
+        "interval": {s: metrics.interval(v) for s, v in per_stem.items()},
         "scored": len(rows),
     }
 
 
 def evaluate_split(model: Model, windows: list[Window], slow: int) -> dict[str, Any]:
-    """SI-SDRi by method, with the ideal mask and a shuffled mixture; `slow` windows for the sampled posteriors."""
+    """SI-SDRi by method, with the ideal mask and a shuffled mixture; `slow` windows for the posteriors."""
     nulls: list[float] = []
 
-    def by(method: str, steps: int | None, raw: bool = False) -> Callable[[Window, Audio], Array]:
-        def estimate(window: Window, mix: Audio) -> Array:
-            take = split(model, mix, method=method, raw=raw, settings=Settings(seed=1, steps=steps))  # type: ignore[arg-type]
+    def by(method: Method, raw: bool = False) -> Separate:
+        def separate(window: Window, mix: Audio) -> Array:
+            take = split(model, mix, method=method, raw=raw, settings=Settings(seed=1))
             parts = np.stack([take.stems[s].samples[0] for s in STEMS])
             if not raw:
-                difference = parts.astype(np.float64).sum(0) - mix.samples[0]
-                nulls.append(20 * np.log10(np.abs(difference).max() / np.abs(mix.samples).max() + 1e-12))
+                difference = np.abs(parts.astype(np.float64).sum(0) - mix.samples[0]).max()
+                nulls.append(20 * np.log10(difference / np.abs(mix.samples).max() + 1e-12))
             return parts
 
-        return estimate
+        return separate
 
     def ideal(window: Window, mix: Audio) -> Array:
         return mask_mix(mix, log_mel(_padded(window.stems), GEOMETRY), GEOMETRY)[:, 0]
@@ -162,19 +154,19 @@ def evaluate_split(model: Model, windows: list[Window], slow: int) -> dict[str, 
 
     few = windows[:slow]
     result = {
-        "ideal mask": _scores(ideal, windows, "ideal mask"),
-        "mask": _scores(by("mask", None), windows, "mask"),
-        "shuffled mixture": _scores(shuffled, windows, "shuffled mixture"),
-        "dirac": _scores(by("dirac", None), few, "dirac"),
-        "gaussian": _scores(by("gaussian", None), few, "gaussian"),
-        "dirac, vocoder's audio": _scores(by("dirac", None, raw=True), few, "dirac raw"),
+        "ideal mask": score_split(ideal, windows, "ideal mask"),
+        "mask": score_split(by("mask"), windows, "mask"),
+        "shuffled mixture": score_split(shuffled, windows, "shuffled mixture"),
+        "dirac": score_split(by("dirac"), few, "dirac"),
+        "gaussian": score_split(by("gaussian"), few, "gaussian"),
+        "dirac, vocoder's audio": score_split(by("dirac", raw=True), few, "dirac raw"),
     }
     return {"methods": result, "worst_null_db": max(nulls), "paper": PAPER}
 
 
 def _padded(stems: Array) -> Array:
     """To whole latent frames, so that mels cover the end."""
-    step = GEOMETRY.hop * 4
+    step = GEOMETRY.hop * LATENT_FRAMES
     return np.pad(stems, ((0, 0), (0, -stems.shape[1] % step))).astype(np.float32)
 
 
@@ -182,36 +174,38 @@ def evaluate_prompts(model: Model, seeds: int) -> list[dict[str, Any]]:
     """For each opposed pair, the figure for both captions over the same seeds."""
     rows = []
     for low, high, figure, stem in tqdm(PROMPTS, desc="prompts"):
+        measure = metrics.brightness if figure == "brightness" else metrics.onsets_per_second
         values: list[list[float]] = []
         for caption in (low, high):
             takes = [
                 generate(model, seconds=FILL_SECONDS, text=caption, settings=Settings(seed=s))
                 for s in range(seeds)
             ]
-            audio = [_mono(t.mix() if stem is None else t.stems[stem]) for t in takes]
-            measure = (
-                metrics.brightness
-                if figure == "brightness"
-                else lambda a: len(metrics.onset_times(a)) / FILL_SECONDS
-            )
-            values.append([float(measure(a)) for a in audio])
-        means = [float(np.mean(v)) for v in values]
-        rows.append({
-            "low": low, "high": high, "figure": figure, "stem": stem or "mix", "means": means,
-            "right_way": means[1] > means[0], "share_of_seeds": float(np.mean(np.array(values[1]) > np.array(values[0]))),
-        })  # fmt: skip
+            values.append([measure(_mono(t.mix() if stem is None else t.stems[stem])) for t in takes])
+        averages = [float(np.mean(v)) for v in values]
+        rows.append(
+            {
+                "low": low,
+                "high": high,
+                "figure": figure,
+                "stem": stem or "mix",
+                "means": averages,
+                "right_way": averages[1] > averages[0],
+                "share_of_seeds": float(np.mean(np.array(values[1]) > np.array(values[0]))),
+            }
+        )
     return rows
 
 
 def _fingerprints(mels: Array) -> Array:
-    """(n, frames, mels) -> (n, features): mean log mels over eighths of the window, the pattern in time and tone."""
+    """(n, frames, mels) -> (n, features): mean log mels over eighths of the window, level removed."""
     n, frames, bands = mels.shape
     cut = mels[:, : frames // 8 * 8].reshape(n, 8, -1, bands).mean(2)
     return (cut - cut.mean((1, 2), keepdims=True)).reshape(n, -1)
 
 
 def evaluate_novelty(
-    model: Model, windows: list[Window], songs: list[Song], count: int, seeds: int
+    model: Model, windows: list[Window], songs: list[RenderedSong], count: int, seeds: int
 ) -> dict[str, float]:
     """Distance to the nearest training window: generated bands against held-out songs (medians)."""
     frames = round(FILL_SECONDS * metrics.FRAME_RATE)
@@ -221,47 +215,38 @@ def evaluate_novelty(
         song = songs[int(rng.integers(len(songs)))]
         start = int(rng.integers(song.mels.shape[2] - frames))
         renders = rng.integers(song.mels.shape[1], size=len(STEMS))
-        parts = (
-            np.stack([song.mels[i, r, start : start + frames] for i, r in enumerate(renders)]) * QUANTUM
-            + FLOOR
-        )
-        bank.append(0.5 * np.log((np.exp(2 * parts)).sum(0)))
+        stored = np.stack([song.mels[i, r, start : start + frames] for i, r in enumerate(renders)])
+        bank.append(0.5 * np.log(np.exp(2 * (stored * QUANTUM + FLOOR)).sum(0)))
     known = _fingerprints(np.stack(bank))
 
     def nearest(signals: list[Array]) -> list[float]:
-        mels = np.stack(
-            [log_mel(s[None, : frames * GEOMETRY.hop].astype(np.float32), GEOMETRY)[0] for s in signals]
-        )
-        marks = _fingerprints(np.maximum(mels, FLOOR))
+        cut = [s[None, : frames * GEOMETRY.hop].astype(np.float32) for s in signals]
+        marks = _fingerprints(np.stack([log_mel(s, GEOMETRY)[0] for s in cut]))
         return [float(np.sqrt(((known - m) ** 2).mean(1).min())) for m in marks]
 
-    true = nearest([w.mixture[: frames * GEOMETRY.hop] for w in windows])
-    made = nearest(
-        [
-            _mono(generate(model, seconds=FILL_SECONDS, settings=Settings(seed=500 + s)).mix())
-            for s in range(seeds)
-        ]
-    )
+    takes = [generate(model, seconds=FILL_SECONDS, settings=Settings(seed=500 + s)) for s in range(seeds)]
     return {
-        "generated": float(np.median(made)),
-        "held_out": float(np.median(true)),
+        "generated": float(np.median(nearest([_mono(t.mix()) for t in takes]))),
+        "held_out": float(np.median(nearest([w.mixture for w in windows]))),
         "training_windows": count,
     }
 
 
 _SPEED = """
 import json, resource, time
-start = time.perf_counter()
 from engine.model import Model
 from engine.tasks import generate
 model = Model.open({bundle!r}, "cpu")
 generate(model, seconds=1.0)
-loaded = model.seconds_loading
 times = []
 for seed in range(3):
-    begin = time.perf_counter(); generate(model, seconds=10.0); times.append(time.perf_counter() - begin)
-print(json.dumps({{"load_s": loaded, "ten_seconds_s": times, "threads": model.threads, "provider": model.provider,
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}))
+    begin = time.perf_counter()
+    generate(model, seconds=10.0)
+    times.append(time.perf_counter() - begin)
+print(json.dumps({{
+    "load_s": model.seconds_loading, "ten_seconds_s": times, "threads": model.threads,
+    "provider": model.provider, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+}}))
 """
 
 
@@ -283,121 +268,120 @@ def evaluate_seeds(model: Model) -> dict[str, bool]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables a person can read."""
-    lines = [
-        f"# {report['model']}",
-        "",
-        f"{report['windows']} windows of held-out grooves, rendered with TimGM6mb.",
-        "",
-    ]
+    """The report as tables a person can read; what was not measured is left out."""
+    about = f"{report['windows']} windows of held-out grooves, rendered with TimGM6mb."
+    lines = [f"# {report['model']}", "", about]
     if "fill" in report:
-        lines += ["## fill: the other three stems given", ""]
-        lines += ["| stem | | own context | aligned | sounds like its role |", "|---|---|---|---|---|"]
-        for stem, row in report["fill"].items():
-            for kind in ("true", "generated", "copy", "drone"):
-                v = row[kind]
-                lines.append(
-                    f"| {stem} | {kind} | {v['own']:.2f} | {v['aligned']:.2f} | {v['sounds_like_role']:.2f} |"
-                )
-        lines += [
-            "",
-            "| stem | own / true (0.85) | aligned / true (0.75) | role (0.80) | worst SI-SDR to context (-10) | within 12 dB |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
-        for stem, row in report["fill"].items():
-            lines.append(
-                f"| {stem} | {row['own_of_true']:.2f} | {row['aligned_of_true']:.2f} | {row['generated']['sounds_like_role']:.2f} "
-                f"| {row['worst_si_sdr_to_context']:.1f} dB | {row['level_within_12_db']:.2f} |"
-            )
+        lines += _fill_tables(report["fill"])
     if "split" in report:
-        lines += ["", "## split: SI-SDRi in dB, MSDM's protocol (bar: mean +5, each stem +2)", ""]
-        lines += [
-            f"| method | mean | {' | '.join(STEMS)} | windows scored |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for method, row in report["split"]["methods"].items():
-            cells = [
-                f"{row['stems'][s]:.2f} ({row['interval'][s][0]:.1f}..{row['interval'][s][1]:.1f})"
-                for s in STEMS
-            ]
-            lines.append(f"| {method} | {row['mean']:.2f} | {' | '.join(cells)} | {row['scored']} |")
-        for method, values in PAPER.items():
-            lines.append(
-                f"| paper, {method} (other data) | {np.mean(values):.2f} | {' | '.join(f'{v:.2f}' for v in values)} | |"
-            )
-        lines.append(f"\nStems against the mix: {report['split']['worst_null_db']:.0f} dB at worst.")
+        lines += _split_table(report["split"])
     if "prompts" in report:
-        right = sum(r["right_way"] for r in report["prompts"])
-        lines += ["", f"## prompts: {right} of {len(report['prompts'])} move the right way (bar: 6)", ""]
-        lines += [
-            "| from | to | figure | of | means | right way | share of seeds |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for r in report["prompts"]:
-            means = " -> ".join(f"{m:.3g}" for m in r["means"])
-            lines.append(
-                f"| {r['low']} | {r['high']} | {r['figure']} | {r['stem']} | {means} "
-                f"| {'yes' if r['right_way'] else 'no'} | {r['share_of_seeds']:.2f} |"
-            )
+        lines += _prompt_table(report["prompts"])
     if "novelty" in report:
         n = report["novelty"]
-        lines += [
-            "",
-            "## novelty",
-            "",
-            f"Distance to the nearest of {n['training_windows']} training windows: generated ",
-        ]
-        lines[-1] += f"{n['generated']:.3f}, held-out songs {n['held_out']:.3f} (medians)."
+        found = f"generated {n['generated']:.3f}, held-out songs {n['held_out']:.3f} (medians)"
+        lines += ["", "## novelty", ""]
+        lines += [f"Distance to the nearest of {n['training_windows']} training windows: {found}."]
     if "speed" in report:
         s = report["speed"]
+        machine = f"{s['threads']} threads ({report['machine']})"
+        lines += ["", "## speed", ""]
         lines += [
-            "",
-            "## speed",
-            "",
-            f"10 s of four stems: real-time factor {s['real_time_factor']:.2f} on {s['threads']} threads ",
+            f"10 s of four stems: real-time factor {s['real_time_factor']:.2f} on {machine}; "
+            f"load {s['load_s']:.2f} s; peak memory {s['peak_mb']:.0f} MB."
         ]
-        lines[-1] += f"({report['machine']}); load {s['load_s']:.2f} s; peak memory {s['peak_mb']:.0f} MB."
     if "seeds" in report:
-        lines += [
-            "",
-            f"Same seed, same bytes: {report['seeds']['same_seed_same_bytes']}; another seed differs: {report['seeds']['other_seed_differs']}.",
-        ]
+        same, other = report["seeds"]["same_seed_same_bytes"], report["seeds"]["other_seed_differs"]
+        lines += ["", f"Same seed, same bytes: {same}; another seed differs: {other}."]
     return "\n".join(lines) + "\n"
+
+
+def _fill_tables(fill: dict[str, Any]) -> list[str]:
+    lines = ["", "## fill: the other three stems given", ""]
+    lines += ["| stem | | own context | aligned | sounds like its role |", "|---|---|---|---|---|"]
+    for stem, row in fill.items():
+        for kind in ("true", "generated", "copy", "drone"):
+            v = row[kind]
+            cells = f"{v['own']:.2f} | {v['aligned']:.2f} | {v['sounds_like_role']:.2f}"
+            lines.append(f"| {stem} | {kind} | {cells} |")
+    bars = "own / true (0.85) | aligned / true (0.75) | role (0.80) | worst SI-SDR to context (-10)"
+    lines += ["", f"| stem | {bars} | within 12 dB |", "|---|---|---|---|---|---|"]
+    for stem, row in fill.items():
+        shares = f"{row['own_of_true']:.2f} | {row['aligned_of_true']:.2f}"
+        role, level = row["generated"]["sounds_like_role"], row["level_within_12_db"]
+        copied = f"{row['worst_si_sdr_to_context']:.1f} dB"
+        lines.append(f"| {stem} | {shares} | {role:.2f} | {copied} | {level:.2f} |")
+    return lines
+
+
+def _split_table(split: dict[str, Any]) -> list[str]:
+    lines = ["", "## split: SI-SDRi in dB, MSDM's protocol (bar: mean +5, each stem +2)", ""]
+    lines += [f"| method | mean | {' | '.join(STEMS)} | windows scored |", "|---|---|---|---|---|---|---|"]
+    for method, row in split["methods"].items():
+        spans = {s: "{:.1f}..{:.1f}".format(*row["interval"][s]) for s in STEMS}
+        cells = " | ".join(f"{row['stems'][s]:.2f} ({spans[s]})" for s in STEMS)
+        lines.append(f"| {method} | {row['mean']:.2f} | {cells} | {row['scored']} |")
+    for method, values in PAPER.items():
+        cells = " | ".join(f"{v:.2f}" for v in values)
+        lines.append(f"| paper, {method} (other data) | {np.mean(values):.2f} | {cells} | |")
+    return [*lines, "", f"Stems against the mix: {split['worst_null_db']:.0f} dB at worst."]
+
+
+def _prompt_table(prompts: list[dict[str, Any]]) -> list[str]:
+    right = sum(r["right_way"] for r in prompts)
+    lines = ["", f"## prompts: {right} of {len(prompts)} move the right way (bar: 6)", ""]
+    lines += [
+        "| from | to | figure | of | means | right way | share of seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in prompts:
+        values = " -> ".join(f"{m:.3g}" for m in r["means"])
+        verdict = "yes" if r["right_way"] else "no"
+        what = f"{r['low']} | {r['high']} | {r['figure']} | {r['stem']}"
+        lines.append(f"| {what} | {values} | {verdict} | {r['share_of_seeds']:.2f} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, default=Path("engine/default_bundle"))
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("engine/default_bundle"), help="what to measure (%(default)s)"
+    )
     parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
     parser.add_argument("--classifier", type=Path, help="training folder of the stem classifier, for fill")
-    parser.add_argument("--data", type=Path, help="rendered training songs, for novelty")
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--data", type=Path, help="folder with train/ of training.render, for novelty")
+    parser.add_argument("--windows", type=int, default=24, help="one of each held-out song (%(default)s)")
     parser.add_argument("--slow-windows", type=int, default=12, help="windows for the sampled posteriors")
     parser.add_argument("--seeds", type=int, default=6, help="takes per caption")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument(
-        "--only", nargs="+", default=["fill", "split", "prompts", "novelty", "speed", "seeds"]
+        "--out", type=Path, default=Path("bench/results"), help="folder of the two files (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--name", default="default_bundle")
+    parser.add_argument("--name", default="default_bundle", help="of the two files (%(default)s)")
     args = parser.parse_args()
+    if "fill" in args.only and args.classifier is None:
+        parser.error("fill needs --classifier")
+    if "novelty" in args.only and args.data is None:
+        parser.error("novelty needs --data")
     torch.set_num_threads(1)
     started = time.perf_counter()
     model = Model.open(args.bundle, "cpu")
     windows = held_out_windows(args.windows, args.grooves)
     report: dict[str, Any] = {
-        "model": f"{model.manifest.name} {model.manifest.version}", "windows": len(windows),
-        "seeds_of_windows": [w.seed for w in windows], "machine": f"{platform.machine()}, {model.threads} cores",
+        "model": f"{model.manifest.name} {model.manifest.version}",
+        "windows": len(windows),
+        "seeds_of_windows": [w.seed for w in windows],
+        "machine": f"{platform.machine()}, {model.threads} cores",
         "training": model.manifest.provenance.get("training", {}),
-    }  # fmt: skip
+    }
     if "speed" in args.only:
         report["speed"] = evaluate_speed(args.bundle)
     if "split" in args.only:
         report["split"] = evaluate_split(model, windows, args.slow_windows)
     if "fill" in args.only:
-        judge = Judge(load_ema(args.classifier, StemClassifier()))  # type: ignore[arg-type]
-        report["fill"] = evaluate_fill(model, windows, judge)
+        report["fill"] = evaluate_fill(model, windows, load_ema(args.classifier, StemClassifier()))
     if "prompts" in args.only:
         report["prompts"] = evaluate_prompts(model, args.seeds)
     if "novelty" in args.only:

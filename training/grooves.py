@@ -9,10 +9,10 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import symusic
+from typing import Any, Protocol
 
 STDLIB = Path("/usr/share/mma/lib/stdlib")
 # Kept out of training; every metre and both feels are among them.
@@ -23,8 +23,39 @@ HELD_OUT = frozenset({
 ROLE_PROGRAMS = {"piano": range(8), "guitar": range(24, 32), "bass": range(32, 40)}
 
 
+class Note(Protocol):
+    """What is read of symusic's; times are in ticks."""
+
+    time: int
+    duration: int
+    pitch: int
+    velocity: int
+
+
+class Track(Protocol):
+    """What is read of symusic's."""
+
+    name: str
+    program: int
+    is_drum: bool
+
+    @property
+    def notes(self) -> Sequence[Note]: ...
+
+
+class Score(Protocol):
+    """What is read of symusic's."""
+
+    ticks_per_quarter: int
+
+    @property
+    def tracks(self) -> Sequence[Track]: ...
+
+
 @dataclass(frozen=True)
 class Groove:
+    """One of MMA's grooves and what it plays."""
+
     name: str
     library: str
     beats_per_bar: float
@@ -33,7 +64,7 @@ class Groove:
     chordal: bool  # has a chord part of any sound that can stand in for guitar or piano
 
 
-def role_of(track: symusic.Track) -> str | None:
+def role_of(track: Track) -> str | None:
     """The stem an MMA track belongs to; "chordal" when its sound is none of ours; None for melodies."""
     if track.is_drum:
         return "drums"
@@ -46,12 +77,15 @@ def role_of(track: symusic.Track) -> str | None:
     return "chordal" if name.startswith(("chord", "arpeggio", "plectrum")) else None
 
 
-def play(groove: str, chart: list[list[str]], tempo: float, seed: int, folder: Path) -> symusic.Score:
+def play(groove: str, chart: list[list[str]], tempo: float, seed: int, folder: Path) -> Score:
     """MMA's performance of a chart. `groove` may be a comma separated list, spread over the chart.
 
     Raises:
         subprocess.CalledProcessError: MMA does not accept the groove or the chart.
+        subprocess.TimeoutExpired: MMA does not come to an end.
     """
+    import symusic
+
     names = groove.split(",")
     lines = [f"RndSeed {seed}", f"Tempo {tempo:.2f}"]
     span = -(-len(chart) // len(names))
@@ -62,7 +96,8 @@ def play(groove: str, chart: list[list[str]], tempo: float, seed: int, folder: P
     source, target = folder / "song.mma", folder / "song.mid"
     source.write_text("\n".join(lines) + "\n")
     subprocess.run(["mma", str(source), "-f", str(target)], check=True, capture_output=True, timeout=60)
-    return symusic.Score(str(target))
+    score: Any = symusic.Score(str(target))
+    return score
 
 
 def spread(chart: list[list[str]], beats: int) -> list[list[str]]:
@@ -71,7 +106,7 @@ def spread(chart: list[list[str]], beats: int) -> list[list[str]]:
     return [bar if len(bar) == 1 else [bar[0], *["/"] * (half - 1), bar[1]] for bar in chart]
 
 
-def _swings(score: symusic.Score) -> bool:
+def _swings(score: Score) -> bool:
     """Whether off-beat notes fall nearer two thirds of the beat than one half."""
     quarter = score.ticks_per_quarter
     phases = [(n.time % quarter) / quarter for t in score.tracks for n in t.notes]
@@ -86,7 +121,7 @@ def _probe(name: str, library: str, beats: float) -> Groove | None:
             score = play(name, [["C"], ["Am"], ["F"], ["G7"]] * 2, 120, 1, Path(folder))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             return None
-    roles = {role_of(t) for t in score.tracks if len(t.notes) >= 4} - {None}
+    roles = {role for t in score.tracks if len(t.notes) >= 4 and (role := role_of(t))}
     return Groove(
         name, library, beats, _swings(score), tuple(sorted(roles - {"chordal"})), "chordal" in roles
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.bands import STEMS, Song, split_grooves, try_song
+from training.bands import Song, split_grooves, try_song
 from training.grooves import Groove, list_grooves
 from training.render import render_stem
 from training.sources import RATE, Source, held_out_sources
+from training.stems import STEMS
 
 FIRST_SEED = 2_000_000  # validation during training uses seeds from 1,000,000
 SECONDS = 262_144 / 22_050  # one chunk of MSDM's protocol, 11.9 s
@@ -19,7 +20,7 @@ SECONDS = 262_144 / 22_050  # one chunk of MSDM's protocol, 11.9 s
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """stems: (S, samples) true stems at 44.1 kHz, from a bar line; beat: seconds; and where it came from."""
+    """stems: (S, samples) true stems at 44.1 kHz, from a bar line, `start` seconds into the song."""
 
     stems: NDArray[np.float32]
     song: Song
@@ -28,10 +29,12 @@ class Window:
 
     @property
     def beat(self) -> float:
+        """Length of a beat in seconds."""
         return 60 / self.song.bpm
 
     @property
     def mixture(self) -> NDArray[np.float32]:
+        """(samples,)"""
         return self.stems.sum(0)
 
 

@@ -6,21 +6,24 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 Logs = dict[str, float]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
+    """How long and how fast one network is trained, and where it is kept."""
+
     out: Path
     minutes: float  # training time in all, over every resumption; the rate decays with it
     lr: float = 1e-3
@@ -43,18 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float) -> None:
     parser.add_argument(
         "--minutes", type=float, required=True, help="training time in all; the rate decays with it"
     )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=lr)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="windows a step (%(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help="highest learning rate (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)"
+    )
 
 
-def loop_config(args: argparse.Namespace, **changes: float) -> LoopConfig:
+def loop_config(args: argparse.Namespace, validate_every: float = LoopConfig.validate_every) -> LoopConfig:
     """The LoopConfig of parsed arguments; also sets the number of threads."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return LoopConfig(args.out, args.minutes, args.lr, device=args.device, **changes)  # type: ignore[arg-type]
+    return LoopConfig(args.out, args.minutes, args.lr, validate_every=validate_every, device=args.device)
 
 
 def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
@@ -65,15 +70,17 @@ def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
 
 
 def train(
-    model: nn.Module,
-    loss: Callable[[nn.Module, int], tuple[torch.Tensor, Logs]],
+    model: Network,
+    loss: Callable[[Network, int], tuple[torch.Tensor, Logs]],
     config: LoopConfig,
-    validate: Callable[[nn.Module], Logs],
-) -> nn.Module:
+    validate: Callable[[Network], Logs],
+) -> Network:
     """Trains `model` until the time is up and returns its EMA; `checkpoint.pt` in `config.out` resumes.
 
-    `loss(model, step)` returns the scalar to minimise and what to log. `validate(ema)` returns what the report
-    shows. The random state is not restored on resumption: a resumed run sees other data, not the same.
+    `loss(model, step)` returns the scalar to minimise and what to log, `validate(ema)` what the report shows.
+    Every `config.validate_every` seconds and at the end the checkpoint is written, a line is added to
+    `log.jsonl` and `curves.png` is drawn. The random state is not kept: a resumed run starts the seed's draws
+    again. Raises RuntimeError where the loss is not finite.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     model.to(config.device)
@@ -82,9 +89,8 @@ def train(
         model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     step, spent = _resume(config, model, ema, optimiser)
-    bar = tqdm(
-        total=config.minutes, initial=round(spent / 60, 2), unit="min", desc=config.out.name, mininterval=5
-    )
+    begun = round(spent / 60, 2)
+    bar = tqdm(total=config.minutes, initial=begun, unit="min", desc=config.out.name, mininterval=5)
     window: list[Logs] = []
     last = time.monotonic()
     next_validation = spent + config.validate_every
@@ -94,9 +100,7 @@ def train(
             group["lr"] = rate
         value, logs = loss(model, step)
         if not torch.isfinite(value):
-            raise RuntimeError(
-                f"the loss is {value.item()} at step {step}; lower --lr or start from an earlier checkpoint"
-            )
+            raise RuntimeError(f"the loss is {value.item()} at step {step}; lower --lr or start again")
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -150,22 +154,25 @@ def _save(
     }
     temporary = config.out / "checkpoint.tmp"
     torch.save(state, temporary)
-    os.replace(temporary, config.out / "checkpoint.pt")
+    temporary.replace(config.out / "checkpoint.pt")
 
 
 def _report(
     config: LoopConfig, step: int, spent: float, window: list[Logs], validation: Logs, bar: tqdm
 ) -> None:
-    row = {
-        k: sum(w[k] for w in window if k in w) / max(1, sum(k in w for w in window))
-        for k in {k for w in window for k in w}
-    }
+    row = means(window)
     row |= {f"val_{k}": v for k, v in validation.items()}
     row |= {"step": step, "minutes": spent / 60}
     with (config.out / "log.jsonl").open("a") as log:
         log.write(json.dumps({k: round(v, 5) for k, v in row.items()}) + "\n")
     bar.write(" ".join(f"{k}={v:.4g}" for k, v in sorted(row.items())))
     draw_curves(config.out)
+
+
+def means(rows: list[Logs]) -> Logs:
+    """The mean of each figure over the rows that have it."""
+    values = {k: [row[k] for row in rows if k in row] for k in sorted({k for row in rows for k in row})}
+    return {k: sum(v) / len(v) for k, v in values.items()}
 
 
 def draw_curves(out: Path) -> None:
@@ -191,7 +198,7 @@ def draw_curves(out: Path) -> None:
     plt.close(figure)
 
 
-def load_ema(out: Path, model: nn.Module) -> nn.Module:
+def load_ema(out: Path, model: Network) -> Network:
     """`model` with the averaged weights of a training folder, frozen. Raises FileNotFoundError."""
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["ema"])

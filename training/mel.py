@@ -15,22 +15,29 @@ GEOMETRY = Mel(
 )
 LATENT_FRAMES = 4  # mel frames per latent frame
 WINDOW = 216  # latent frames, 10.03 s
-QUANTUM = 0.055  # step of log mels stored as bytes: 0 is the floor, 255 is ln 4.8 above full scale
+QUANTUM = 0.055  # step of log mels stored as bytes: 0 is the floor, 255 a magnitude of 123
 FLOOR = math.log(GEOMETRY.floor)
 
 
 @functools.lru_cache(maxsize=4)
 def _filters(geometry: Mel) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(mel_filterbank(geometry)).float(), torch.hann_window(geometry.win_length)
+    return torch.tensor(mel_filterbank(geometry)), torch.hann_window(geometry.win_length)
 
 
 def log_mel(audio: torch.Tensor, geometry: Mel = GEOMETRY) -> torch.Tensor:
     """(N, samples) -> (N, samples // hop, mels), natural log of the clamped magnitude."""
-    filters, window = _filters(geometry)
+    filters, window = (table.to(audio.device) for table in _filters(geometry))
     spectrum = torch.stft(
-        audio, geometry.n_fft, geometry.hop, geometry.win_length, window, center=True, pad_mode="reflect", return_complex=True
-    )  # fmt: skip
-    mel = spectrum.abs().transpose(1, 2) @ filters.to(audio.device)
+        audio,
+        geometry.n_fft,
+        geometry.hop,
+        geometry.win_length,
+        window,
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
+    )
+    mel = spectrum.abs().transpose(1, 2) @ filters
     return mel.clamp_min(geometry.floor).log()[:, : audio.shape[-1] // geometry.hop]
 
 

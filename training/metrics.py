@@ -18,7 +18,7 @@ SILENT = 1.5e-5  # ||x||_2 / samples below which a window of a stem counts as si
 
 
 def si_sdr(estimate: Array, reference: Array, eps: float = 1e-8) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB, no mean removal (Le Roux et al. 2019, arXiv:1811.02508)."""
+    """Scale-invariant signal-to-distortion ratio in dB, no mean removal (Le Roux, arXiv:1811.02508)."""
     estimate, reference = estimate.astype(np.float64), reference.astype(np.float64)
     target = (estimate @ reference + eps) / (reference @ reference + eps) * reference
     return float(10 * np.log10((target @ target + eps) / (((estimate - target) ** 2).sum() + eps)))
@@ -27,8 +27,8 @@ def si_sdr(estimate: Array, reference: Array, eps: float = 1e-8) -> float:
 def msdm_improvements(estimates: Array, references: Array) -> list[tuple[int, float]]:
     """(stem, SI-SDRi) for every scored window: MSDM's protocol (arXiv:2302.02257, section 5.3).
 
-    estimates, references: (S, samples) at MSDM_RATE. Windows of 4 s every 2 s; those with at most one active stem
-    are skipped, and only active stems in whole windows are scored.
+    estimates, references: (S, samples) at MSDM_RATE. Windows of 4 s every 2 s; those with at most one active
+    stem are skipped, and only active stems in whole windows are scored.
     """
     mixture = references.sum(0)
     rows = []
@@ -113,20 +113,25 @@ def onset_times(audio: Array) -> Array:
     """Seconds of the onset envelope's peaks: local maxima above the mean of the second around plus 0.08."""
     envelope = onset_envelope(audio)
     width = round(FRAME_RATE)
-    local = np.convolve(np.pad(envelope, width // 2, mode="edge"), np.ones(width) / width, "valid")[
-        : len(envelope)
-    ]
-    peaks = (
-        (envelope > local + 0.08) & (envelope >= np.roll(envelope, 1)) & (envelope > np.roll(envelope, -1))
-    )
-    return np.flatnonzero(peaks) / FRAME_RATE
+    padded = np.pad(envelope, width // 2, mode="edge")
+    local = np.convolve(padded, np.ones(width) / width, "valid")[: len(envelope)]
+    highest = (envelope >= np.roll(envelope, 1)) & (envelope > np.roll(envelope, -1))
+    return np.flatnonzero(highest & (envelope > local + 0.08)) / FRAME_RATE
+
+
+def onsets_per_second(audio: Array) -> float:
+    """How many onsets a second of the signal has."""
+    return len(onset_times(audio)) * GEOMETRY.sample_rate / len(audio)
 
 
 def drone(pitch_classes: tuple[int, ...], samples: int) -> Array:
     """A static chord: sustained organ-like tones of these pitch classes around middle C."""
     t = np.arange(samples) / GEOMETRY.sample_rate
     tones = [440 * 2 ** ((60 + p - 69) / 12) for p in pitch_classes]
-    return 0.05 * sum(np.sin(2 * np.pi * f * k * t) / k for f in tones for k in (1, 2, 3)).astype(np.float32)
+    wave = np.zeros(samples)
+    for f, k in itertools.product(tones, (1, 2, 3)):
+        wave += np.sin(2 * np.pi * f * k * t) / k
+    return 0.05 * wave.astype(np.float32)
 
 
 def interval(values: list[float], seed: int = 0, rounds: int = 1000) -> tuple[float, float]:

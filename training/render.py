@@ -3,33 +3,39 @@
 Each song becomes `<name>.npy`, uint8 log mels (stems, renders, frames, mels), and `<name>.json` with
 every label. Each stem is rendered several times with different sounds, so that training can combine
 renders at random. A part of the songs also keeps 16-bit audio for the vocoder. Run it again and it goes
-on where it stopped; run it with another `--worker` beside it and they share the work.
+on where it stopped. Several can work side by side, with `--step 2` and `--first 0` and `--first 1` for two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pedalboard as pb
 import torch
 from numpy.typing import NDArray
 
-from training.bands import STEMS, Song, split_grooves, try_song
+from training.bands import Song, split_grooves, try_song
 from training.grooves import list_grooves
 from training.mel import GEOMETRY, log_mel, to_bytes
 from training.sources import RATE, Source, held_out_sources, training_sources
+from training.stems import STEMS
+
+if TYPE_CHECKING:
+    import pedalboard as pb
 
 STEM_RMS_DB = {"bass": -20.0, "drums": -20.0, "guitar": -23.0, "piano": -23.0}  # of a stem's sounding parts
 
 
 def effects(stem: str, rng: np.random.Generator) -> pb.Pedalboard:
     """A random chain such as a mixing engineer might leave on the track."""
-    u, chain = rng.uniform, []
+    import pedalboard as pb
+
+    u = rng.uniform
+    chain: list[pb.Plugin] = []
     if stem == "guitar" and rng.random() < 0.2:
         chain.append(pb.Distortion(drive_db=u(5, 28)))
     if stem == "bass" and rng.random() < 0.1:
@@ -89,7 +95,7 @@ def write(
     dry: bool,
     rng: np.random.Generator,
 ) -> None:
-    """Renders a song and writes its files; the .npy is renamed last, so that a half-written song is not seen."""
+    """Renders a song and writes its files; the .npy gets its name last, so that no half song is seen."""
     mels, sources, kept = [], [], []
     for stem in STEMS:
         chosen = [pool[stem][int(i)] for i in rng.choice(len(pool[stem]), renders, replace=False)]
@@ -103,26 +109,26 @@ def write(
         np.save(path.with_suffix(".audio.npy"), np.stack(kept))
     temporary = path.with_suffix(".tmp.npy")
     np.save(temporary, torch.stack(mels).numpy())
-    os.replace(temporary, path.with_suffix(".npy"))
+    temporary.replace(path.with_suffix(".npy"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the songs")
     parser.add_argument(
         "--samples", type=Path, required=True, help="folder of fetched soundfonts and npm archives"
     )
-    parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
-    parser.add_argument("--songs", type=int, default=1000)
+    parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe (JSON)")
+    parser.add_argument("--songs", type=int, default=1000, help="how many songs this worker makes")
     parser.add_argument(
         "--first", type=int, default=0, help="number of the first song, which is also its seed"
     )
     parser.add_argument(
         "--step", type=int, default=1, help="work on every STEP-th song, for workers side by side"
     )
-    parser.add_argument("--renders", type=int, default=2)
+    parser.add_argument("--renders", type=int, default=2, help="sounds each stem is played with")
     parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,14 +136,8 @@ def main() -> None:
     grooves = split_grooves(list_grooves(args.grooves), args.held_out)
     sources = held_out_sources() if args.held_out else training_sources(args.samples)
     pool = {stem: [s for s in sources if s.stem == stem] for stem in STEMS}
-    print(
-        {stem: len(pool[stem]) for stem in STEMS},
-        len(grooves),
-        "grooves",
-        GEOMETRY.sample_rate,
-        "Hz",
-        flush=True,
-    )
+    counts = ", ".join(f"{len(pool[stem])} {stem}" for stem in STEMS)
+    print(f"sounds: {counts}; {len(grooves)} grooves; {GEOMETRY.sample_rate} Hz", flush=True)
     for number in range(args.first, args.first + args.songs * args.step, args.step):
         path = args.out / f"{number:06d}"
         if not path.with_suffix(".npy").exists():

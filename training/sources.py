@@ -17,11 +17,11 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
 import soxr
-import symusic
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
@@ -43,30 +43,50 @@ class Source:
 # --- soundfonts ---------------------------------------------------------------------------------------
 
 PROGRAM_WORDS = {
-    0: ("acoustic", "grand piano"), 1: ("bright", "piano"), 2: ("electric", "grand piano"), 3: ("honky-tonk", "piano"),
-    4: ("electric", "electric piano"), 5: ("electric", "fm electric piano"), 6: ("acoustic", "harpsichord"),
-    7: ("electric", "clavinet"), 24: ("acoustic", "nylon guitar"), 25: ("acoustic", "steel guitar"),
-    26: ("electric", "jazz guitar"), 27: ("electric", "clean guitar"), 28: ("electric", "muted guitar"),
-    29: ("electric", "overdriven guitar"), 30: ("electric", "distorted guitar"), 31: ("electric", "harmonics guitar"),
-    32: ("acoustic", "upright bass"), 33: ("electric", "finger bass"), 34: ("electric", "picked bass"),
-    35: ("electric", "fretless bass"), 36: ("electric", "slap bass"), 37: ("electric", "slap bass"),
-    38: ("electric", "synth bass"), 39: ("electric", "synth bass"),
-}  # fmt: skip
-KIT_WORDS = {
-    0: "acoustic",
-    8: "acoustic",
-    16: "acoustic",
-    24: "electric",
-    25: "electric",
-    32: "acoustic",
-    40: "acoustic",
+    0: ("acoustic", "grand piano"),
+    1: ("bright", "piano"),
+    2: ("electric", "grand piano"),
+    3: ("honky-tonk", "piano"),
+    4: ("electric", "electric piano"),
+    5: ("electric", "fm electric piano"),
+    6: ("acoustic", "harpsichord"),
+    7: ("electric", "clavinet"),
+    24: ("acoustic", "nylon guitar"),
+    25: ("acoustic", "steel guitar"),
+    26: ("electric", "jazz guitar"),
+    27: ("electric", "clean guitar"),
+    28: ("electric", "muted guitar"),
+    29: ("electric", "overdriven guitar"),
+    30: ("electric", "distorted guitar"),
+    32: ("acoustic", "upright bass"),
+    33: ("electric", "finger bass"),
+    34: ("electric", "picked bass"),
+    35: ("electric", "fretless bass"),
+    36: ("electric", "slap bass"),
+    37: ("electric", "slap bass"),
+    38: ("electric", "synth bass"),
+    39: ("electric", "synth bass"),
 }
-PIANOS, GUITARS, BASSES = (0, 1, 2, 3, 4, 5, 6, 7), (24, 25, 26, 27, 28, 29, 30), tuple(range(32, 40))
-OWN_MERLIN = {"piano": (0, 1, 3, 6), "guitar": (29,), "bass": ()}  # guitar 24 renders as NaN
+KITS = (0, 8, 16, 24, 25, 32, 40)
+ELECTRIC_KITS = (24, 25)
+EVERY_PROGRAM: dict[str, tuple[int, ...]] = {
+    "piano": tuple(range(8)),
+    "guitar": tuple(range(24, 31)),
+    "bass": tuple(range(32, 40)),
+}
+# Below a correlation of 0.8 with TimGM6mb (training.overlap); guitar 24 would be another, but renders as NaN.
+OWN_MERLIN: dict[str, tuple[int, ...]] = {"piano": (0, 1, 3, 6), "guitar": (29,)}
+HELD_OUT_PROGRAMS: dict[str, tuple[int, ...]] = {
+    "piano": (0, 1, 2, 4, 5),
+    "guitar": (24, 25, 26, 27, 28),
+    "bass": (32, 33, 34, 35, 36),
+}
 
 
 @functools.lru_cache(maxsize=16)
-def _synthesizer(path: str) -> symusic.Synthesizer:
+def _synthesizer(path: str) -> Any:
+    import symusic
+
     return symusic.Synthesizer(path, RATE)
 
 
@@ -74,10 +94,12 @@ def soundfont(path: str, program: int, drums: bool) -> Render:
     """A soundfont's program (or drum kit) as a source."""
 
     def render(notes: Notes, n_samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        import symusic
+
         del rng
-        score = symusic.Score(480)
+        score: Any = symusic.Score(480)
         score.tempos.append(symusic.Tempo(0, qpm=125.0))  # 1,000 ticks a second
-        track = symusic.Track(name="stem", program=program, is_drum=drums)
+        track: Any = symusic.Track(name="stem", program=program, is_drum=drums)
         for onset, duration, pitch, velocity in notes:
             length = max(30, round(duration * 1000))
             track.notes.append(symusic.Note(round(onset * 1000), length, int(pitch), int(velocity)))
@@ -118,6 +140,7 @@ class Bank:
         return self._shifted[pitch]
 
     def render(self, notes: Notes, n_samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Mono (n_samples,): notes let go fade over `release`, one-shots ring out."""
         out = np.zeros(n_samples + RATE * 6, np.float32)
         fade = np.linspace(1, 0, int(self.release * RATE), dtype=np.float32)
         for onset, duration, pitch, velocity in notes:
@@ -135,14 +158,15 @@ class Bank:
         return out[:n_samples]
 
 
-def _mono(path_or_file: object) -> NDArray[np.float32]:
+def _mono(path_or_file: Any) -> NDArray[np.float32]:
+    """The first 5 s."""
     audio, rate = sf.read(path_or_file, dtype="float32", always_2d=True)
     mono = audio.mean(1)[: rate * 5]
     return mono if rate == RATE else soxr.resample(mono, rate, RATE).astype(np.float32)
 
 
 def _note_number(name: str) -> int:
-    """ "As3" or "C#4" or "Ds1v8" -> MIDI number."""
+    """MIDI number of a name such as As3, C#4 or Ds1v8."""
     name = name.split("v")[0].replace("#", "s")
     steps = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
     return steps[name[0]] + (name[1] == "s") + 12 * (int(name[-1]) + 1)
@@ -169,30 +193,39 @@ def _trimmed(sample: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 KIT_WORDS_TO_PITCHES = (
-    (("kick", "bassdrum", "bass drum", "thump"), (35, 36)), (("stick", "rim click", "click"), (37,)),
-    (("snare", "slap"), (38, 40)), (("clap",), (39,)), (("closed", "hat cl", " cl", "hat low", "hat ring"), (42,)),
-    (("pedal", " pd"), (44,)), (("open", "hat op", " op", "ohh", "opened"), (46,)),
-    (("tom low", "floor", "tom lo", "low tom"), (41, 43, 45)), (("tom mid", "tom 2", "middle tom", "tom"), (47,)),
-    (("tom hi", "tom 1", "high tom", "tomhi"), (48, 50)), (("crash", "cymbal", "splash"), (49, 57, 55, 52)),
-    (("ride",), (51, 59)), (("bell", "cup"), (53,)), (("cowbell",), (56,)), (("tambourine",), (54,)),
-)  # fmt: skip
+    (("kick", "bassdrum", "bass drum", "thump"), (35, 36)),
+    (("stick", "rim click", "click"), (37,)),
+    (("snare", "slap"), (38, 40)),
+    (("clap",), (39,)),
+    (("closed", "hat cl", " cl", "hat low", "hat ring"), (42,)),
+    (("pedal", " pd"), (44,)),
+    (("open", "hat op", " op", "ohh", "opened"), (46,)),
+    (("tom low", "floor", "tom lo", "low tom"), (41, 43, 45)),
+    (("tom mid", "tom 2", "middle tom", "tom"), (47,)),
+    (("tom hi", "tom 1", "high tom", "tomhi"), (48, 50)),
+    (("crash", "cymbal", "splash"), (49, 57, 55, 52)),
+    (("ride",), (51, 59)),
+    (("bell", "cup"), (53,)),
+    (("cowbell",), (56,)),
+    (("tambourine",), (54,)),
+)
 
 
 def hydrogen_bank(folder: Path) -> Bank | None:
-    """A Hydrogen drum kit's loudest layers on General MIDI pitches; None where kick, snare or hat is missing."""
+    """A Hydrogen kit's first layers on General MIDI pitches; None where kick, snare or hi-hat is missing."""
     samples: dict[int, NDArray[np.float32]] = {}
     root = ET.parse(folder / "drumkit.xml").getroot()
     for element in root.iter():
         element.tag = element.tag.split("}")[-1]
     for instrument in root.iter("instrument"):
         name = (instrument.findtext("name") or "").lower()
-        files = [layer.findtext("filename") for layer in instrument.iter("layer")]
-        files = [f for f in [*files, instrument.findtext("filename")] if f and (folder / f).exists()]
+        named = [part.findtext("filename") for part in (*instrument.iter("layer"), instrument)]
+        files = [folder / f for f in named if f and (folder / f).exists()]
         if not files:
             continue
         for words, pitches in KIT_WORDS_TO_PITCHES:
             if any(w in name for w in words) and pitches[0] not in samples:
-                sample = _trimmed(_mono(folder / files[0]))
+                sample = _trimmed(_mono(files[0]))
                 samples.update(dict.fromkeys(pitches, sample))
                 break
     if not {36, 38, 42} <= set(samples):
@@ -205,20 +238,23 @@ def hydrogen_bank(folder: Path) -> Bank | None:
 
 
 def _partials(
-    f0: float, amplitudes: NDArray[np.float64], decays: NDArray[np.float64], stiffness: float, seconds: float,
+    f0: float,
+    amplitudes: NDArray[np.floating],
+    decays: NDArray[np.floating],
+    stiffness: float,
+    seconds: float,
     rng: np.random.Generator,
-) -> NDArray[np.float32]:  # fmt: skip
+) -> NDArray[np.float32]:
     """A sum of decaying partials of a stiff string: f_k = k f0 sqrt(1 + B k^2) (Fletcher 1964)."""
     k = np.arange(1, len(amplitudes) + 1)
     freqs = k * f0 * np.sqrt(1 + stiffness * k**2)
     t = np.arange(int(seconds * RATE), dtype=np.float32) / RATE
-    out = np.zeros_like(t)
+    out = np.zeros(len(t), np.float32)
     for f, a, d in zip(freqs, amplitudes, decays, strict=True):
         if f < 0.45 * RATE and a > 1e-4:
             n = min(len(t), int(9 / d * RATE))  # below -78 dB after nine time constants
-            out[:n] += (a * np.exp(-d * t[:n]) * np.sin(2 * np.pi * f * t[:n] + rng.uniform(0, 6.3))).astype(
-                np.float32
-            )
+            wave = a * np.exp(-d * t[:n]) * np.sin(2 * np.pi * f * t[:n] + rng.uniform(0, 6.3))
+            out[:n] += wave.astype(np.float32)
     attack = min(len(out), 1 + int(rng.uniform(0.0005, 0.004) * RATE))
     out[:attack] *= np.linspace(0, 1, attack, dtype=np.float32)
     return out
@@ -309,8 +345,9 @@ def kit_bank(rng: np.random.Generator) -> Bank:
         (1, _drum(rng, u(38, 75), u(1, 6), u(4, 16), 0.8)), (u(0, 0.3), _noise(rng, 0.1, 120, 800, 8000))
     )
     snare = _mixed(
-        (u(0.2, 0.7), _drum(rng, u(140, 260), u(0.1, 1), u(10, 30), 0.4)), (u(0.4, 0.9), _noise(rng, 0.5, u(9, 28), u(300, 1800), u(6000, 15000))),
-    )  # fmt: skip
+        (u(0.2, 0.7), _drum(rng, u(140, 260), u(0.1, 1), u(10, 30), 0.4)),
+        (u(0.4, 0.9), _noise(rng, 0.5, u(9, 28), u(300, 1800), u(6000, 15000))),
+    )
     low, high = u(4000, 8000), u(11000, 18000)
     samples = {36: kick, 38: 0.8 * snare, 42: u(0.2, 0.5) * _noise(rng, 0.3, u(30, 90), low, high)}
     samples[46] = u(0.2, 0.5) * _noise(rng, 1.2, u(4, 10), low, high)
@@ -366,6 +403,15 @@ def recorded(path: Path) -> Render:
 
 
 MADE_PER_STEM = 24
+# Stem and words of a packed npm instrument, by a part of its name.
+ARCHIVES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "guitar-acoustic": ("guitar", ("acoustic", "steel guitar")),
+    "guitar-nylon": ("guitar", ("acoustic", "nylon guitar")),
+    "guitar-electric": ("guitar", ("electric", "clean guitar")),
+    "bass-electric": ("bass", ("electric", "finger bass")),
+    "piano-mp3": ("piano", ("acoustic", "grand piano")),
+    "piano-velocity": ("piano", ("acoustic", "grand piano")),
+}
 
 
 def _font_sources(
@@ -376,57 +422,47 @@ def _font_sources(
         for stem, numbers in programs.items()
         for p in numbers
     ]
-    return sources + [
-        Source(
-            f"{name}:kit{k}",
-            "drums",
-            (KIT_WORDS.get(k, "acoustic"), "drum kit"),
-            soundfont(path, k, drums=True),
-        )
-        for k in kits
-    ]
+    for k in kits:
+        words = ("electric" if k in ELECTRIC_KITS else "acoustic", "drum kit")
+        sources.append(Source(f"{name}:kit{k}", "drums", words, soundfont(path, k, drums=True)))
+    return sources
 
 
 def held_out_sources(font: str = "/usr/share/sounds/sf2/TimGM6mb.sf2") -> list[Source]:
     """TimGM6mb: the public validation and test font."""
-    programs = {"piano": (0, 1, 2, 4, 5), "guitar": (24, 25, 26, 27, 28), "bass": (32, 33, 34, 35, 36)}
-    return _font_sources("timgm6mb", font, programs, (0, 8, 16, 24, 25, 32, 40))
+    return _font_sources("timgm6mb", font, HELD_OUT_PROGRAMS, KITS)
 
 
 def training_sources(samples: Path) -> list[Source]:
     """Every source that may be trained on. `samples` holds fetched soundfonts and packed npm instruments."""
-    every = {"piano": PIANOS, "guitar": GUITARS, "bass": BASSES}
-    kits = (0, 8, 16, 24, 25, 32, 40)
-    sources = _font_sources("fluidr3", "/usr/share/sounds/sf2/FluidR3_GM.sf2", every, kits)
-    sources += _font_sources("musescore", "/usr/share/sounds/sf3/MuseScore_General_Full.sf3", every, kits)
-    sources += _font_sources("opl3", str(samples / "OPL-3_FM_128M.sf2"), every, ())
+    sources = _font_sources("fluidr3", "/usr/share/sounds/sf2/FluidR3_GM.sf2", EVERY_PROGRAM, KITS)
+    sources += _font_sources(
+        "musescore", "/usr/share/sounds/sf3/MuseScore_General_Full.sf3", EVERY_PROGRAM, KITS
+    )
+    sources += _font_sources("opl3", str(samples / "OPL-3_FM_128M.sf2"), EVERY_PROGRAM, ())
     sources += _font_sources("merlin", str(samples / "Merlin.sf2"), OWN_MERLIN, ())
-    words = {
-        "guitar-acoustic": ("guitar", ("acoustic", "steel guitar")), "guitar-nylon": ("guitar", ("acoustic", "nylon guitar")),
-        "guitar-electric": ("guitar", ("electric", "clean guitar")), "bass-electric": ("bass", ("electric", "finger bass")),
-        "piano-mp3": ("piano", ("acoustic", "grand piano")), "piano-velocity": ("piano", ("acoustic", "grand piano")),
-    }  # fmt: skip
     for archive in sorted(samples.glob("*.tgz")):
-        stem, names = next(v for k, v in words.items() if k in archive.name)
-        sources += [Source(archive.stem, stem, names, recorded(archive))] * 3  # real recordings count thrice
+        stem, words = next(v for k, v in ARCHIVES.items() if k in archive.name)
+        sources += [Source(archive.stem, stem, words, recorded(archive))] * 3  # real recordings count thrice
     for kit in sorted(Path("/usr/share/hydrogen/data/drumkits").glob("*")):
         if hydrogen_bank(kit) is not None:
             electric = any(w in kit.name for w in ("Electr", "Audiophob", "Vari", "rumpf"))
-            sources.append(
-                Source(kit.name, "drums", ("electric" if electric else "acoustic", "drum kit"), recorded(kit))
-            )
+            words = ("electric" if electric else "acoustic", "drum kit")
+            sources.append(Source(kit.name, "drums", words, recorded(kit)))
     for seed in range(MADE_PER_STEM):
-        sources.append(Source(f"kit{seed}", "drums", ("electric", "drum machine"), made("kit", seed)))
-        sources.append(
-            Source(f"strings{seed}", "guitar", ("acoustic", "steel guitar"), made("string", seed, 38, 86))
-        )
-        sources.append(
-            Source(f"keys{seed}", "piano", ("acoustic", "piano"), made("string", seed + 100, 28, 98))
-        )
-        sources.append(
-            Source(f"fmkeys{seed}", "piano", ("electric", "electric piano"), made("fm", seed + 200, 28, 98))
-        )
-        kind = ("string", "subtractive", "fm")[seed % 3]
-        names = ("electric", "picked bass") if kind == "string" else ("electric", "synth bass")
-        sources.append(Source(f"bass{seed}", "bass", names, made(kind, seed + 300, 24, 62)))
+        sources += _made_sources(seed)
     return sources
+
+
+def _made_sources(seed: int) -> list[Source]:
+    kind = ("string", "subtractive", "fm")[seed % 3]
+    bass = "picked bass" if kind == "string" else "synth bass"
+    strings, keys = made("string", seed, 38, 86), made("string", seed + 100, 28, 98)
+    fm_keys, low = made("fm", seed + 200, 28, 98), made(kind, seed + 300, 24, 62)
+    return [
+        Source(f"kit{seed}", "drums", ("electric", "drum machine"), made("kit", seed)),
+        Source(f"strings{seed}", "guitar", ("acoustic", "steel guitar"), strings),
+        Source(f"keys{seed}", "piano", ("acoustic", "piano"), keys),
+        Source(f"fmkeys{seed}", "piano", ("electric", "electric piano"), fm_keys),
+        Source(f"bass{seed}", "bass", ("electric", bass), low),
+    ]

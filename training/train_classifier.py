@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.caption_towers import AudioTower, CaptionTowersConfig
-from training.bands import STEMS
-from training.dataset import Song, draw, load_songs
+from training.dataset import RenderedSong, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, train
 from training.mel import FLOOR
+from training.stems import STEMS
 
 CONFIG = CaptionTowersConfig(audio_width=96, audio_blocks=2)
+FRAMES = 432  # mel frames, 5 s
 
 
 class StemClassifier(nn.Module):
@@ -32,9 +33,10 @@ class StemClassifier(nn.Module):
 
 
 def _sounding(
-    songs: list[Song], batch: int, rng: np.random.Generator, augment: bool
+    songs: list[RenderedSong], batch: int, rng: np.random.Generator, augment: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mels = draw(songs, batch, rng, augment, 432).mels
+    """Mels (n, 1, frames, mels) of the stems that sound in `batch` windows, and their labels (n,)."""
+    mels = draw(songs, batch, rng, augment, FRAMES).mels
     label = torch.arange(len(STEMS)).repeat(batch)
     flat = mels.flatten(0, 1)[:, None]
     heard = flat.amax((1, 2, 3)) > FLOOR + 4
@@ -49,7 +51,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
 
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+    def loss(network: StemClassifier, step: int) -> tuple[torch.Tensor, Logs]:
         del step
         mel, label = _sounding(songs, args.batch, rng, True)
         logits = network(mel.to(args.device))
@@ -59,7 +61,7 @@ def main() -> None:
     mel, label = _sounding(held_out, 32, np.random.default_rng(4), False)
 
     @torch.no_grad()
-    def validate(network: nn.Module) -> Logs:
+    def validate(network: StemClassifier) -> Logs:
         return {"accuracy": (network(mel.to(args.device)).argmax(1).cpu() == label).float().mean().item()}
 
     train(StemClassifier(), loss, config, validate)

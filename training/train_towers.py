@@ -9,7 +9,6 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 from torch.nn import functional as F
 
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
@@ -22,7 +21,7 @@ CAPTIONS_PER_DRAW = 4  # drawing windows costs more than a step
 
 
 def contrastive(
-    model: nn.Module, mel: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    model: CaptionTowers, mel: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
     """Symmetric InfoNCE (Radford et al. 2021) and the share of windows whose own caption is the nearest."""
     similarity = model.audio(mel).float() @ model.text(ids, mask).float().T
@@ -53,7 +52,7 @@ def main() -> None:
 
     drawn = {"windows": draw(songs, args.batch, rng, True, FRAMES)}
 
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+    def loss(network: CaptionTowers, step: int) -> tuple[torch.Tensor, Logs]:
         if step % CAPTIONS_PER_DRAW == 0:
             drawn["windows"] = draw(songs, args.batch, rng, True, FRAMES)
         with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -63,7 +62,7 @@ def main() -> None:
     fixed = batch(draw(held_out, 64, np.random.default_rng(3), False, FRAMES), np.random.default_rng(3))
 
     @torch.no_grad()
-    def validate(network: nn.Module) -> Logs:
+    def validate(network: CaptionTowers) -> Logs:
         value, nearest = contrastive(network, *fixed)
         return {"loss": value.item(), "nearest": nearest}
 

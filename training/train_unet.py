@@ -1,8 +1,9 @@
 """python -m training.train_unet: the multi-track latent diffusion UNet, for every task at once.
 
-Each window is given a task at random: generate (nothing known), fill (some stems known, as context or as their
-mixture), split (the mixture of all stems known). Time spans of all stems may be known too, so that windows
-join. Text or audio embeddings, tempo grid and chords are each dropped at random, which is what makes them optional.
+Each window is given a task at random: generate (nothing known), fill (some stems known, as context or as
+their mixture), split (the mixture of all stems known). Time spans of all stems may be known too, so that
+windows join. Text or audio embeddings, tempo grid and chords are each dropped at random, which is what makes
+them optional.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import nn
 
 from engine.manifest import NoiseSchedule
 from engine.schedule import make_schedule
@@ -22,11 +23,11 @@ from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training import conditions
-from training.bands import STEMS
 from training.captions import Thresholds, describe, encode, load_thresholds
-from training.dataset import FRAMES, Song, Windows, draw, load_songs, mix
-from training.loop import Logs, add_arguments, load_ema, loop_config, train
+from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mix
+from training.loop import Logs, add_arguments, load_ema, loop_config, means, train
 from training.mel import FLOOR, LATENT_FRAMES, WINDOW
+from training.stems import STEMS
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 LAST = SCHEDULE.steps - 1
@@ -60,7 +61,7 @@ class Batch:
     mixture: torch.Tensor  # (B, frames, mels)
 
 
-def freeze(vae_run: Path, towers_run: Path, songs: list[Song], device: str) -> Frozen:
+def freeze(vae_run: Path, towers_run: Path, songs: list[RenderedSong], device: str) -> Frozen:
     """Loads VAE and towers and measures the latents' deviation per channel on 64 windows."""
     vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
@@ -71,12 +72,16 @@ def freeze(vae_run: Path, towers_run: Path, songs: list[Song], device: str) -> F
     deviation = mean.std((0, 2, 3))
     weight = deviation / deviation.mean()
     return Frozen(
-        vae.to(device), towers.to(device), tokenizer, load_thresholds(towers_run), 1 / float(mean.std()),
-        weight[:, None, None].to(device),
-    )  # fmt: skip
+        vae=vae.to(device),
+        towers=towers.to(device),
+        tokenizer=tokenizer,
+        thresholds=load_thresholds(towers_run),
+        scale=1 / float(mean.std()),
+        channel_weight=weight[:, None, None].to(device),
+    )
 
 
-def _known_times(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """(B, T) of 0 or 1: mostly nothing; a known start (windows that join), a known start and end, or gaps."""
     known = np.zeros((batch, length), np.float32)
     for row in known:
@@ -91,7 +96,7 @@ def _known_times(batch: int, length: int, rng: np.random.Generator) -> np.ndarra
 
 def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: str) -> Batch:
     """Encodes a batch of windows and draws a task and conditions for each."""
-    batch, stems, frames, bands = windows.mels.shape
+    batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
     task = rng.choice(list(SHARES), size=batch, p=list(SHARES.values()))
     split, fill = task == "split", task == "fill"
@@ -101,11 +106,10 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, devic
     as_mixture = fill & (rng.random(batch) < 0.25)  # the known stems arrive mixed down
     unnamed = as_mixture & (rng.random(batch) < 0.5)  # and as other material, not said to hold our stems
     context_stems = subset & (fill & ~as_mixture)[:, None]
-    mixed = np.where(split[:, None], True, subset & as_mixture[:, None])
+    mixed: NDArray[np.bool_] = split[:, None] | (subset & as_mixture[:, None])
     times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, _known_times(batch, length, rng))
-    context_mask = np.maximum(
-        context_stems[:, :, None], times[:, None, :] * ~as_mixture[:, None, None]
-    ).astype(np.float32)
+    known_times = times[:, None, :] * ~as_mixture[:, None, None]
+    context_mask = np.maximum(context_stems[:, :, None], known_times).astype(np.float32)
     mixture_known = mixed.any(1)
     mixture_mel = windows.mixture.clone()
     parts = torch.from_numpy(as_mixture)
@@ -121,18 +125,16 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, devic
     mixture = torch.zeros_like(latents[:, 0])
     mixture[heard.to(device)] = mean[batch * stems :]
     known = torch.from_numpy(context_mask).to(device)
-    mixture_mask = torch.from_numpy(np.repeat(mixture_known[:, None], length, 1).astype(np.float32)).to(
-        device
-    )
-    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0)
-    loss_mask = loss_mask * torch.from_numpy(1.0 - (mixed & unnamed[:, None])).float().to(device)[:, :, None]
+    mixture_mask = heard.float()[:, None].repeat(1, length).to(device)
+    unasked = torch.from_numpy(mixed & unnamed[:, None]).to(device)  # stems that are in the other material
+    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0) * (~unasked).float()[:, :, None]
     inputs = {
         "film": _film(windows, frozen, rng, device),
         "context": latents * known[:, :, None, :, None],
         "context_mask": known,
         "mixture": mixture * mixture_mask[:, None, :, None],
         "mixture_mask": mixture_mask,
-        "mixture_stems": torch.from_numpy((mixed & ~unnamed[:, None]).astype(np.float32)).to(device),
+        "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float().to(device),
         "grid": _dropped(conditions.grid(windows, length), 0.5, rng).to(device),
         "chords": _dropped(conditions.chords(windows, length), 0.6, rng).to(device),
     }
@@ -141,6 +143,7 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, devic
 
 
 def _dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
+    """(B, T, C) with that share of its samples set to zero, unknown."""
     return x * torch.from_numpy((rng.random(len(x)) >= share).astype(np.float32))[:, None, None]
 
 
@@ -159,16 +162,19 @@ def _film(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: st
 
 
 def draw_timesteps(batch: Batch, rng: np.random.Generator, device: str) -> torch.Tensor:
-    """Uniform; splits mostly at the last step, where the prediction is the posterior mean given the mixture."""
+    """(B,) uniform; splits mostly at the last step, where the network predicts the stems' posterior mean."""
     t = torch.from_numpy(rng.integers(0, LAST + 1, len(batch.splits)))
     last = batch.splits & torch.from_numpy(rng.random(len(t)) < 0.75)
     return torch.where(last, LAST, t).to(device)
 
 
 def diffusion_loss(
-    model: nn.Module, batch: Batch, frozen: Frozen, t: torch.Tensor, alphas: torch.Tensor, device: str
+    model: StemUNet, batch: Batch, frozen: Frozen, t: torch.Tensor, alphas: torch.Tensor, device: str
 ) -> tuple[torch.Tensor, Logs]:
-    """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted per channel."""
+    """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted per channel.
+
+    Whole mixtures at the last step are asked for their masks too: there the prediction is a split.
+    """
     a = alphas[t].sqrt()[:, None, None, None, None]
     s = (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(batch.latents)
@@ -182,13 +188,8 @@ def diffusion_loss(
     first = batch.splits.to(device) & (t == LAST)
     if first.any():
         estimate = (a * x - s * v)[first] / frozen.scale
-        masked = mask_loss(
-            frozen,
-            estimate,
-            batch.mels[first.cpu()].to(device),
-            batch.mixture[first.cpu()].to(device),
-            device,
-        )
+        mels, mixture = batch.mels[first.cpu()].to(device), batch.mixture[first.cpu()].to(device)
+        masked = mask_loss(frozen, estimate, mels, mixture, device)
         loss = loss + MASK_WEIGHT * masked * first.float().mean()
         logs["mask_db"] = masked.item() * 10 / np.log(10)
         logs["mse_split"] = per_sample[first].mean().item()
@@ -231,36 +232,29 @@ def main() -> None:
     model = StemUNet(StemUNetConfig(film=frozen.towers.config.embedding))
     state = {"songs": pool}
 
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+    def loss_of(network: StemUNet, windows: Windows, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
+        batch = make_batch(windows, frozen, rng, args.device)
+        t = draw_timesteps(batch, rng, args.device)
+        return diffusion_loss(network, batch, frozen, t, alphas, args.device)
+
+    def loss(network: StemUNet, step: int) -> tuple[torch.Tensor, Logs]:
         if step % 500 == 499:
             state["songs"] = load_songs(args.data / "train")  # rendering may still be adding songs
         # half windows cost half, so most steps see twice as many songs
-        short = rng.random() < SHORT_SHARE
-        windows = draw(
-            state["songs"], args.batch * (2 if short else 1), rng, frames=FRAMES // (2 if short else 1)
-        )
-        batch = make_batch(windows, frozen, rng, args.device)
-        return diffusion_loss(
-            network, batch, frozen, draw_timesteps(batch, rng, args.device), alphas, args.device
-        )
+        parts = 2 if rng.random() < SHORT_SHARE else 1
+        windows = draw(state["songs"], args.batch * parts, rng, frames=FRAMES // parts)
+        return loss_of(network, windows, rng)
 
     @torch.no_grad()
-    def validate(network: nn.Module) -> Logs:
+    def validate(network: StemUNet) -> Logs:
         generator = np.random.default_rng(7)
-        torch_state = torch.get_rng_state()
-        torch.manual_seed(7)
-        rows: list[Logs] = []
-        for _ in range(3):
-            batch = make_batch(draw(held_out, 16, generator, augment=False), frozen, generator, args.device)
-            rows.append(
-                diffusion_loss(
-                    network, batch, frozen, draw_timesteps(batch, generator, args.device), alphas, args.device
-                )[1]
-            )
-        torch.set_rng_state(torch_state)
-        return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[0]} | {
-            "songs": float(len(state["songs"]))
-        }
+        with torch.random.fork_rng():  # the same noise each time
+            torch.manual_seed(7)
+            rows = []
+            for _ in range(3):
+                windows = draw(held_out, 16, generator, augment=False)
+                rows.append(loss_of(network, windows, generator)[1])
+        return means(rows) | {"songs": len(state["songs"])}
 
     print(f"{len(STEMS)} stems, windows of {WINDOW} latent frames, scale {frozen.scale:.4f}", flush=True)
     train(model, loss, config, validate)

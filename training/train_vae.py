@@ -6,11 +6,10 @@ import argparse
 
 import numpy as np
 import torch
-from torch import nn
 
 from export.patch_vae import PatchVAE, PatchVAEConfig
-from training.dataset import Song, draw, load_songs
-from training.loop import Logs, LoopConfig, add_arguments, loop_config, train
+from training.dataset import RenderedSong, draw, load_songs
+from training.loop import Logs, add_arguments, loop_config, train
 from training.mel import LATENT_FRAMES
 
 FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
@@ -18,7 +17,7 @@ KL_WEIGHT = 1e-4
 
 
 def batch_of_mels(
-    songs: list[Song], batch: int, rng: np.random.Generator, augment: bool = True
+    songs: list[RenderedSong], batch: int, rng: np.random.Generator, augment: bool = True
 ) -> torch.Tensor:
     """(5 B, 1, frames, mels): the four stems and the mixture of each window."""
     windows = draw(songs, batch, rng, augment, FRAMES)
@@ -31,7 +30,7 @@ def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     return ((estimate - mel).abs() * weight).mean() / weight.mean()
 
 
-def losses(model: nn.Module, mel: torch.Tensor, device: str) -> tuple[torch.Tensor, Logs]:
+def losses(model: PatchVAE, mel: torch.Tensor, device: str) -> tuple[torch.Tensor, Logs]:
     """Reconstruction + KL to a standard normal (Kingma & Welling 2014, eq. 10)."""
     with torch.autocast(device, dtype=torch.bfloat16):
         mean, log_variance = model.moments(mel)
@@ -47,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, lr=1.5e-3)
     args = parser.parse_args()
-    config: LoopConfig = loop_config(args)
+    config = loop_config(args)
     rng = np.random.default_rng(args.seed)
     songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
     model = PatchVAE(PatchVAEConfig())
@@ -55,12 +54,12 @@ def main() -> None:
     model.set_principal_components(patches)
     fixed = batch_of_mels(held_out, 24, np.random.default_rng(1), augment=False).to(args.device)
 
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+    def loss(network: PatchVAE, step: int) -> tuple[torch.Tensor, Logs]:
         del step
         return losses(network, batch_of_mels(songs, args.batch, rng).to(args.device), args.device)
 
     @torch.no_grad()
-    def validate(network: nn.Module) -> Logs:
+    def validate(network: PatchVAE) -> Logs:
         mean, _ = network.moments(fixed)
         estimate = network.decoder(mean)
         loud = fixed > -5
@@ -70,10 +69,8 @@ def main() -> None:
             "latent_std": mean.std().item(),
         }
 
-    print(
-        "principal components alone:",
-        {k: round(v, 4) for k, v in validate(model.to(args.device).eval()).items()},
-    )
+    start = validate(model.to(args.device).eval())
+    print("principal components alone:", {k: round(v, 4) for k, v in start.items()}, flush=True)
     train(model, loss, config, validate)
 
 

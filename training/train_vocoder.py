@@ -1,4 +1,4 @@
-"""python -m training.train_vocoder: mel to audio, with multi-resolution STFT losses (Yamamoto et al. 2020)."""
+"""python -m training.train_vocoder: mel to audio, by multi-resolution STFT losses (Yamamoto et al. 2020)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 import torch
-from torch import nn
 
 from export.vocos import Vocos, VocosConfig
 from training.loop import Logs, add_arguments, loop_config, train
@@ -29,7 +28,7 @@ def load_audio(folder: Path) -> list[np.ndarray]:
 def segments(audio: list[np.ndarray], batch: int, rng: np.random.Generator) -> torch.Tensor:
     """(batch, samples): random stems, one in five a mixture, at scattered levels."""
     length = SEGMENT * GEOMETRY.hop
-    rows = []
+    rows: list[np.ndarray] = []
     while len(rows) < batch:
         song = audio[int(rng.integers(len(audio)))]
         start = int(rng.integers(song.shape[1] - length))
@@ -49,9 +48,8 @@ def spectral_loss(estimate: torch.Tensor, target: torch.Tensor) -> tuple[torch.T
             torch.stft(x, n_fft, n_fft // 4, window=window, return_complex=True).abs()
             for x in (estimate, target)
         )
-        convergence = torch.linalg.vector_norm(a - b, dim=(1, 2)) / torch.linalg.vector_norm(
-            b, dim=(1, 2)
-        ).clamp_min(1e-3)
+        difference = torch.linalg.vector_norm(a - b, dim=(1, 2))
+        convergence = difference / torch.linalg.vector_norm(b, dim=(1, 2)).clamp_min(1e-3)
         logarithm = (a.clamp_min(1e-3).log() - b.clamp_min(1e-3).log()).abs().mean()
         total = total + convergence.mean() + logarithm
     mel = (log_mel(estimate) - log_mel(target)).abs().mean()
@@ -67,22 +65,19 @@ def main() -> None:
     audio, held_out = load_audio(args.data / "train"), load_audio(args.data / "val")
     fixed = segments(held_out, 24, np.random.default_rng(2)).to(args.device)
 
-    def synthesised(network: nn.Module, target: torch.Tensor) -> torch.Tensor:
+    def synthesised(network: Vocos, target: torch.Tensor) -> torch.Tensor:
         return network(log_mel(target).transpose(1, 2))[:, 0]
 
-    def loss(network: nn.Module, step: int) -> tuple[torch.Tensor, Logs]:
+    def loss(network: Vocos, step: int) -> tuple[torch.Tensor, Logs]:
         del step
         target = segments(audio, args.batch, rng).to(args.device)
         return spectral_loss(synthesised(network, target), target)
 
     @torch.no_grad()
-    def validate(network: nn.Module) -> Logs:
+    def validate(network: Vocos) -> Logs:
         estimate = synthesised(network, fixed)
-        sf.write(
-            config.out / "held_out.wav",
-            torch.cat([fixed[:6], estimate[:6]], 1).flatten().cpu().numpy(),
-            GEOMETRY.sample_rate,
-        )
+        pairs = torch.cat([fixed[:6], estimate[:6]], 1).flatten().cpu().numpy()
+        sf.write(config.out / "held_out.wav", pairs, GEOMETRY.sample_rate)
         return spectral_loss(estimate, fixed)[1]
 
     train(Vocos(VocosConfig()), loss, config, validate)
