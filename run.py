@@ -157,7 +157,7 @@ def pip(arguments: list[str]) -> None:
 
 
 def lint() -> int:
-    checks = [["ruff", "check", "."], ["mypy"]]
+    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
     return max([subprocess.run([str(PYTHON), "-m", *check]).returncode for check in checks])
 
 
