@@ -91,9 +91,7 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise BacklineError(f"{path} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise BacklineError(
-            f"{path} cannot be read as text: is it the configuration (.yaml or .json)?"
-        ) from error
+        raise BacklineError(f"{path} is no text, so it is no configuration (.yaml or .json).") from error
     try:
         if path.suffix == ".json":
             tree = json.loads(text)

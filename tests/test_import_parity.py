@@ -182,6 +182,11 @@ def _mel_in_float64(audio: Array, mel: Mel) -> NDArray[np.float64]:
     return np.log(np.maximum(bands, mel.floor))
 
 
+def test_half_precision_halves_the_bundle(bundles: Callable[[str], Path]) -> None:
+    sizes = [sum(file.stat().st_size for file in bundles(p).iterdir()) for p in ("fp32", "fp16")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
 def test_vae_and_vocoder(model: Reimplementation) -> None:
     reference = model.reference
     moments = model.moments(reference["mel"][:, None, :256])
