@@ -13,12 +13,12 @@ from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Samplin
 from export.bundle_writer import export_bundle
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
-from training.captions import encode
+from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
-from training.train_unet import SCHEDULE, freeze
+from training.train_unet import SCHEDULE, STATISTICS, freeze
 
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
@@ -49,8 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = {name: args.runs / name for name in ("vae", "towers", "vocoder", "unet")}
     songs = load_songs(args.data / "train")
-    frozen = freeze(runs["vae"], runs["towers"], songs[:64], "cpu")
-    scale = torch.load(runs["unet"] / "scale.pt", weights_only=True)["scale"]
+    frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
     vocoder = load_ema(runs["vocoder"], Vocos(VocosConfig()))
@@ -63,7 +62,7 @@ def main() -> None:
         provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)},
         stems=STEMS,
         mel=GEOMETRY,
-        latent=Latent(channels=vae.config.channels, frames=LATENT_FRAMES, freq=1, scale_factor=scale),
+        latent=Latent(channels=vae.config.channels, frames=LATENT_FRAMES, freq=1, scale_factor=frozen.scale),
         vocoder=Vocoder(sample_rate=GEOMETRY.sample_rate, hop=GEOMETRY.hop, trim=0),
         schedule=SCHEDULE,
         prediction="v",
@@ -93,7 +92,7 @@ def main() -> None:
         "clap_text": towers.text,
         "clap_audio": towers.audio,
     }
-    extra = {"tokenizer.json": (runs["towers"] / "tokenizer.json").read_bytes()}
+    extra = {"tokenizer.json": for_prompts(frozen.tokenizer).to_str(pretty=True).encode()}
     written = export_bundle(args.out, manifest, networks, half=True, extra=extra, force=args.force)
     size = sum(p.stat().st_size for p in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error']}")

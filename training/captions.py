@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from training.dataset import RenderedSong, Windows, draw
 from training.mel import FLOOR, GEOMETRY
@@ -144,6 +145,19 @@ def make_tokenizer(songs: list[RenderedSong]) -> Tokenizer:
         [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")]
     )
     return tokenizer
+
+
+def for_prompts(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for bundles that leaves out the words no caption has, because [UNK] was never trained.
+
+    A prompt without a known word becomes one masked token, as "" does in `encode`.
+    """
+    prompts = Tokenizer.from_str(tokenizer.to_str())
+    words = sorted(w for w in tokenizer.get_vocab() if not w.startswith("["))
+    known = Regex(rf"\b(?:{'|'.join(map(re.escape, words))})\b")
+    prompts.pre_tokenizer = pre_tokenizers.Split(known, "removed", invert=True)
+    prompts.enable_padding(length=1)
+    return prompts
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 STDLIB = Path("/usr/share/mma/lib/stdlib")
-# Kept out of training; every metre and both feels are among them.
+# Kept out of training; 3/4 and 4/4, straight and swung are among them.
 HELD_OUT = frozenset({
     "60srock", "basicrock", "countryswing", "easyswing", "folkballad", "jazzwaltz", "modernjazz", "popballad",
     "rb", "rhumba", "slowblues", "softrock", "swing", "twist", "waltz",

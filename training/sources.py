@@ -76,6 +76,7 @@ EVERY_PROGRAM: dict[str, tuple[int, ...]] = {
 }
 # Below a correlation of 0.8 with TimGM6mb (training.overlap); guitar 24 would be another, but renders as NaN.
 OWN_MERLIN: dict[str, tuple[int, ...]] = {"piano": (0, 1, 3, 6), "guitar": (29,)}
+HELD_OUT_FONT = "/usr/share/sounds/sf2/TimGM6mb.sf2"
 HELD_OUT_PROGRAMS: dict[str, tuple[int, ...]] = {
     "piano": (0, 1, 2, 4, 5),
     "guitar": (24, 25, 26, 27, 28),
@@ -83,15 +84,58 @@ HELD_OUT_PROGRAMS: dict[str, tuple[int, ...]] = {
 }
 
 
-@functools.lru_cache(maxsize=16)
-def _synthesizer(path: str) -> Any:
+@functools.lru_cache(maxsize=8)
+def _fluidsynth(path: str) -> tuple[Any, int]:
+    import fluidsynth
+
+    synth = fluidsynth.Synth(gain=0.5, samplerate=float(RATE))
+    synth.setting("synth.reverb.active", 0)
+    synth.setting("synth.chorus.active", 0)
+    return synth, synth.sfload(path)
+
+
+def soundfont(path: str, program: int, drums: bool) -> Render:
+    """A program (or drum kit) of an .sf2 soundfont, played by FluidSynth.
+
+    symusic's own synthesizer is faster, but plays the zones of most .sf2 fonts at wrong pitches.
+    """
+
+    def render(notes: Notes, n_samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        del rng
+        synth, font = _fluidsynth(path)
+        channel = 9 if drums else 0
+        synth.system_reset()
+        synth.program_select(channel, font, 128 if drums else 0, program)
+        events = []
+        for onset, duration, pitch, velocity in notes:
+            start = int(onset * RATE)
+            events.append((start, 1, int(pitch), int(velocity)))
+            events.append((start + max(1000, int(duration * RATE)), 0, int(pitch), 0))
+        position, parts = 0, []
+        for time, on, pitch, velocity in sorted(events):
+            if min(time, n_samples) > position:
+                parts.append(synth.get_samples(min(time, n_samples) - position))
+                position = min(time, n_samples)
+            if on:
+                synth.noteon(channel, pitch, velocity)
+            else:
+                synth.noteoff(channel, pitch)
+        if position < n_samples:
+            parts.append(synth.get_samples(n_samples - position))
+        return np.concatenate(parts).reshape(-1, 2).mean(1).astype(np.float32) / 32768
+
+    return render
+
+
+@functools.lru_cache(maxsize=2)
+def _symusic(path: str) -> Any:
     import symusic
 
     return symusic.Synthesizer(path, RATE)
 
 
-def soundfont(path: str, program: int, drums: bool) -> Render:
-    """A soundfont's program (or drum kit) as a source."""
+def compressed_soundfont(path: str, program: int, drums: bool) -> Render:
+    """The same of an .sf3, played by symusic: FluidSynth decodes such a file whole, for half a minute."""
 
     def render(notes: Notes, n_samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
         import symusic
@@ -104,7 +148,7 @@ def soundfont(path: str, program: int, drums: bool) -> Render:
             length = max(30, round(duration * 1000))
             track.notes.append(symusic.Note(round(onset * 1000), length, int(pitch), int(velocity)))
         score.tracks.append(track)
-        mono = np.asarray(_synthesizer(path).render(score, stereo=True)).mean(0)
+        mono = np.asarray(_symusic(path).render(score, stereo=True)).mean(0)
         return _fit(mono.astype(np.float32), n_samples)
 
     return render
@@ -417,18 +461,19 @@ ARCHIVES: dict[str, tuple[str, tuple[str, ...]]] = {
 def _font_sources(
     name: str, path: str, programs: dict[str, tuple[int, ...]], kits: tuple[int, ...]
 ) -> list[Source]:
+    play = compressed_soundfont if path.endswith(".sf3") else soundfont
     sources = [
-        Source(f"{name}:{p}", stem, PROGRAM_WORDS[p], soundfont(path, p, drums=False))
+        Source(f"{name}:{p}", stem, PROGRAM_WORDS[p], play(path, p, drums=False))
         for stem, numbers in programs.items()
         for p in numbers
     ]
     for k in kits:
         words = ("electric" if k in ELECTRIC_KITS else "acoustic", "drum kit")
-        sources.append(Source(f"{name}:kit{k}", "drums", words, soundfont(path, k, drums=True)))
+        sources.append(Source(f"{name}:kit{k}", "drums", words, play(path, k, drums=True)))
     return sources
 
 
-def held_out_sources(font: str = "/usr/share/sounds/sf2/TimGM6mb.sf2") -> list[Source]:
+def held_out_sources(font: str = HELD_OUT_FONT) -> list[Source]:
     """TimGM6mb: the public validation and test font."""
     return _font_sources("timgm6mb", font, HELD_OUT_PROGRAMS, KITS)
 

@@ -9,6 +9,9 @@ them optional.
 from __future__ import annotations
 
 import argparse
+import copy
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, IterableDataset
 
 from engine.manifest import NoiseSchedule
 from engine.schedule import make_schedule
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
-from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.patch_vae import Decoder, PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training import conditions
 from training.captions import Thresholds, describe, encode, load_thresholds
@@ -31,7 +35,9 @@ from training.stems import STEMS
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 LAST = SCHEDULE.steps - 1
-SHARES = {"split": 0.4, "fill": 0.4, "generate": 0.2}
+SHARES = {"split": 0.5, "fill": 0.33, "generate": 0.17}
+LAST_SHARE = 0.85  # of the splits train at the last step, the only one that the mask method uses
+STATISTICS = "latents.pt"
 KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
 MASK_WEIGHT = 0.1
 SHORT_SHARE = 0.7  # of the steps train on half windows
@@ -60,25 +66,27 @@ class Batch:
     mels: torch.Tensor  # (B, S, frames, mels)
     mixture: torch.Tensor  # (B, frames, mels)
 
+    def to(self, device: str) -> Batch:
+        """The same batch on a device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        rest = (self.loss_mask, self.splits, self.mels, self.mixture)
+        return Batch(self.latents.to(device), inputs, *(value.to(device) for value in rest))
 
-def freeze(vae_run: Path, towers_run: Path, songs: list[RenderedSong], device: str) -> Frozen:
-    """Loads VAE and towers and measures the latents' deviation per channel on 64 windows."""
+
+def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
+    """Loads VAE and towers. The latents' deviation is measured on 64 windows once, then kept in `statistics`."""
     vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
     towers = load_ema(towers_run, CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size())))
-    mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
-    with torch.no_grad():
-        mean, _ = vae.moments(mels)
-    deviation = mean.std((0, 2, 3))
-    weight = deviation / deviation.mean()
-    return Frozen(
-        vae=vae.to(device),
-        towers=towers.to(device),
-        tokenizer=tokenizer,
-        thresholds=load_thresholds(towers_run),
-        scale=1 / float(mean.std()),
-        channel_weight=weight[:, None, None].to(device),
-    )
+    if not statistics.exists():
+        mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
+        with torch.no_grad():
+            mean, _ = vae.moments(mels)
+        torch.save({"scale": 1 / float(mean.std()), "deviation": mean.std((0, 2, 3))}, statistics)
+    stored = torch.load(statistics, weights_only=True)
+    weight = stored["deviation"] / stored["deviation"].mean()
+    thresholds = load_thresholds(towers_run)
+    return Frozen(vae, towers, tokenizer, thresholds, stored["scale"], weight[:, None, None])
 
 
 def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -94,7 +102,7 @@ def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[n
     return known
 
 
-def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: str) -> Batch:
+def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Batch:
     """Encodes a batch of windows and draws a task and conditions for each."""
     batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
@@ -117,26 +125,26 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator, devic
         present = torch.from_numpy(mixed[as_mixture])[:, :, None, None]
         mixture_mel[parts] = mix(torch.where(present, windows.mels[parts], torch.tensor(FLOOR)), rng)
     heard = torch.from_numpy(mixture_known)
-    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
-        every = torch.cat([windows.mels.flatten(0, 1), mixture_mel[heard]])[:, None].to(device)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        every = torch.cat([windows.mels.flatten(0, 1), mixture_mel[heard]])[:, None]
         mean, _ = frozen.vae.moments(every)
     mean = mean.float() * frozen.scale
     latents = mean[: batch * stems].unflatten(0, (batch, stems))
     mixture = torch.zeros_like(latents[:, 0])
-    mixture[heard.to(device)] = mean[batch * stems :]
-    known = torch.from_numpy(context_mask).to(device)
-    mixture_mask = heard.float()[:, None].repeat(1, length).to(device)
-    unasked = torch.from_numpy(mixed & unnamed[:, None]).to(device)  # stems that are in the other material
+    mixture[heard] = mean[batch * stems :]
+    known = torch.from_numpy(context_mask)
+    mixture_mask = heard.float()[:, None].repeat(1, length)
+    unasked = torch.from_numpy(mixed & unnamed[:, None])  # stems that are in the other material
     loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0) * (~unasked).float()[:, :, None]
     inputs = {
-        "film": _film(windows, frozen, rng, device),
+        "film": _film(windows, frozen, rng),
         "context": latents * known[:, :, None, :, None],
         "context_mask": known,
         "mixture": mixture * mixture_mask[:, None, :, None],
         "mixture_mask": mixture_mask,
-        "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float().to(device),
-        "grid": _dropped(conditions.grid(windows, length), 0.5, rng).to(device),
-        "chords": _dropped(conditions.chords(windows, length), 0.6, rng).to(device),
+        "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float(),
+        "grid": _dropped(conditions.grid(windows, length), 0.5, rng),
+        "chords": _dropped(conditions.chords(windows, length), 0.6, rng),
     }
     splits = torch.from_numpy(split & (times.sum(1) == 0))
     return Batch(latents, inputs, loss_mask, splits, windows.mels, windows.mixture)
@@ -148,28 +156,34 @@ def _dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.T
 
 
 @torch.no_grad()
-def _film(windows: Windows, frozen: Frozen, rng: np.random.Generator, device: str) -> torch.Tensor:
+def _film(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> torch.Tensor:
     """Half captions, a quarter audio embeddings of the mixture, a quarter the empty text's."""
     captions = describe(windows, frozen.thresholds, rng)
     kind = rng.random(len(captions))
     texts = ["" if k < 0.25 else c for c, k in zip(captions, kind, strict=True)]
     ids, mask = encode(frozen.tokenizer, texts)
-    film = frozen.towers.text(ids.to(device), mask.to(device))
+    film = frozen.towers.text(ids, mask)
     heard = torch.from_numpy(kind > 0.75)
     if heard.any():
-        film[heard] = frozen.towers.audio(windows.mixture[heard][:, None].to(device))
+        film[heard] = frozen.towers.audio(windows.mixture[heard][:, None])
     return film
 
 
 def draw_timesteps(batch: Batch, rng: np.random.Generator, device: str) -> torch.Tensor:
     """(B,) uniform; splits mostly at the last step, where the network predicts the stems' posterior mean."""
     t = torch.from_numpy(rng.integers(0, LAST + 1, len(batch.splits)))
-    last = batch.splits & torch.from_numpy(rng.random(len(t)) < 0.75)
+    last = batch.splits.cpu() & torch.from_numpy(rng.random(len(t)) < LAST_SHARE)
     return torch.where(last, LAST, t).to(device)
 
 
 def diffusion_loss(
-    model: StemUNet, batch: Batch, frozen: Frozen, t: torch.Tensor, alphas: torch.Tensor, device: str
+    model: StemUNet,
+    batch: Batch,
+    frozen: Frozen,
+    decoder: Decoder,
+    t: torch.Tensor,
+    alphas: torch.Tensor,
+    device: str,
 ) -> tuple[torch.Tensor, Logs]:
     """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted per channel.
 
@@ -181,15 +195,14 @@ def diffusion_loss(
     x = a * batch.latents + s * noise
     with torch.autocast(device, dtype=torch.bfloat16):
         v = model(x, t, **batch.inputs).float()
-    error = ((v - (a * noise - s * batch.latents)) ** 2 * frozen.channel_weight).mean((2, 4))
+    error = ((v - (a * noise - s * batch.latents)) ** 2 * frozen.channel_weight.to(device)).mean((2, 4))
     per_sample = (error * batch.loss_mask).sum((1, 2)) / batch.loss_mask.sum((1, 2)).clamp_min(1)
     loss = per_sample.mean()
     logs = {"mse": loss.item()}
-    first = batch.splits.to(device) & (t == LAST)
+    first = batch.splits & (t == LAST)
     if first.any():
         estimate = (a * x - s * v)[first] / frozen.scale
-        mels, mixture = batch.mels[first.cpu()].to(device), batch.mixture[first.cpu()].to(device)
-        masked = mask_loss(frozen, estimate, mels, mixture, device)
+        masked = mask_loss(decoder, estimate, batch.mels[first], batch.mixture[first], device)
         loss = loss + MASK_WEIGHT * masked * first.float().mean()
         logs["mask_db"] = masked.item() * 10 / np.log(10)
         logs["mse_split"] = per_sample[first].mean().item()
@@ -197,12 +210,12 @@ def diffusion_loss(
 
 
 def mask_loss(
-    frozen: Frozen, latents: torch.Tensor, mels: torch.Tensor, mixture: torch.Tensor, device: str
+    decoder: Decoder, latents: torch.Tensor, mels: torch.Tensor, mixture: torch.Tensor, device: str
 ) -> torch.Tensor:
     """Log error-to-signal ratio of what power-ratio masks take from the mixture's mel, per sounding stem."""
     batch, stems = latents.shape[:2]
     with torch.autocast(device, dtype=torch.bfloat16):
-        decoded = frozen.vae.decoder(latents.flatten(0, 1)).float()
+        decoded = decoder(latents.flatten(0, 1)).float()
     power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(2).exp()
     mask = power / power.sum(1, keepdim=True)
     estimate, truth = mask * mixture[:, None].exp(), mels.exp()
@@ -213,6 +226,23 @@ def mask_loss(
     return (ratio * sounding).sum() / sounding.sum().clamp_min(1)
 
 
+class BatchStream(IterableDataset[Batch]):
+    """Endless training batches, for loader processes beside the training one."""
+
+    def __init__(self, data: Path, frozen: Frozen, batch: int, seed: int) -> None:
+        self.data, self.frozen, self.batch, self.seed = data, frozen, batch, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        rng = np.random.default_rng([self.seed, int(time.time())])  # a resumed run sees other data
+        while True:
+            songs = load_songs(self.data)  # rendering may still be adding songs
+            for _ in range(300):
+                # half windows cost half, so most steps see twice as many songs
+                parts = 2 if rng.random() < SHORT_SHARE else 1
+                yield make_batch(draw(songs, self.batch * parts, rng, frames=FRAMES // parts), self.frozen, rng)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,30 +250,27 @@ def main() -> None:
     add_arguments(parser, lr=6e-4)
     parser.add_argument("--vae", type=Path, required=True, help="training folder of the VAE")
     parser.add_argument("--towers", type=Path, required=True, help="training folder of the towers")
+    parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
     args = parser.parse_args()
     config = loop_config(args, validate_every=300.0)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    pool, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
-    frozen = freeze(args.vae, args.towers, pool[:64], args.device)
     config.out.mkdir(parents=True, exist_ok=True)
-    torch.save({"scale": frozen.scale}, config.out / "scale.pt")
+    held_out = load_songs(args.data / "val")
+    frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     model = StemUNet(StemUNetConfig(film=frozen.towers.config.embedding))
-    state = {"songs": pool}
+    decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed)
+    batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
-    def loss_of(network: StemUNet, windows: Windows, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
-        batch = make_batch(windows, frozen, rng, args.device)
+    def loss_of(network: StemUNet, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
         t = draw_timesteps(batch, rng, args.device)
-        return diffusion_loss(network, batch, frozen, t, alphas, args.device)
+        return diffusion_loss(network, batch.to(args.device), frozen, decoder, t, alphas, args.device)
 
     def loss(network: StemUNet, step: int) -> tuple[torch.Tensor, Logs]:
-        if step % 500 == 499:
-            state["songs"] = load_songs(args.data / "train")  # rendering may still be adding songs
-        # half windows cost half, so most steps see twice as many songs
-        parts = 2 if rng.random() < SHORT_SHARE else 1
-        windows = draw(state["songs"], args.batch * parts, rng, frames=FRAMES // parts)
-        return loss_of(network, windows, rng)
+        del step
+        return loss_of(network, next(batches), rng)
 
     @torch.no_grad()
     def validate(network: StemUNet) -> Logs:
@@ -253,8 +280,8 @@ def main() -> None:
             rows = []
             for _ in range(3):
                 windows = draw(held_out, 16, generator, augment=False)
-                rows.append(loss_of(network, windows, generator)[1])
-        return means(rows) | {"songs": len(state["songs"])}
+                rows.append(loss_of(network, make_batch(windows, frozen, generator), generator)[1])
+        return means(rows)
 
     print(f"{len(STEMS)} stems, windows of {WINDOW} latent frames, scale {frozen.scale:.4f}", flush=True)
     train(model, loss, config, validate)
