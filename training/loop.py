@@ -109,8 +109,9 @@ def train(
         step += 1
         window.append({"loss": value.item(), **logs})
         now = time.monotonic()
-        bar.update(round((now - last) / 60, 4))
         spent, last = spent + now - last, now
+        bar.n = round(min(spent / 60, config.minutes), 2)
+        bar.update(0)
         if spent >= next_validation or spent >= config.minutes * 60:
             _report(config, step, spent, window, validate(ema), bar)
             _save(config, model, ema, optimiser, step, spent)

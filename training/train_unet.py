@@ -240,7 +240,9 @@ class BatchStream(IterableDataset[Batch]):
             for _ in range(300):
                 # half windows cost half, so most steps see twice as many songs
                 parts = 2 if rng.random() < SHORT_SHARE else 1
-                yield make_batch(draw(songs, self.batch * parts, rng, frames=FRAMES // parts), self.frozen, rng)
+                yield make_batch(
+                    draw(songs, self.batch * parts, rng, frames=FRAMES // parts), self.frozen, rng
+                )
 
 
 def main() -> None:
