@@ -105,7 +105,8 @@ def soundfont(path: str, program: int, drums: bool) -> Render:
         synth, font = _fluidsynth(path)
         channel = 9 if drums else 0
         synth.system_reset()
-        synth.program_select(channel, font, 128 if drums else 0, program)
+        if synth.program_select(channel, font, 128 if drums else 0, program) != 0:
+            raise ValueError(f"{path} has no {'kit' if drums else 'program'} {program}")
         events = []
         for onset, duration, pitch, velocity in notes:
             start = int(onset * RATE)
@@ -458,18 +459,23 @@ ARCHIVES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def font_player(path: str) -> Callable[[str, int, bool], Render]:
+    """What plays a soundfont, by the kind of its file."""
+    return compressed_soundfont if path.endswith(".sf3") else soundfont
+
+
 def _font_sources(
     name: str, path: str, programs: dict[str, tuple[int, ...]], kits: tuple[int, ...]
 ) -> list[Source]:
-    play = compressed_soundfont if path.endswith(".sf3") else soundfont
+    play = font_player(path)
     sources = [
-        Source(f"{name}:{p}", stem, PROGRAM_WORDS[p], play(path, p, drums=False))
+        Source(f"{name}:{p}", stem, PROGRAM_WORDS[p], play(path, p, False))
         for stem, numbers in programs.items()
         for p in numbers
     ]
     for k in kits:
         words = ("electric" if k in ELECTRIC_KITS else "acoustic", "drum kit")
-        sources.append(Source(f"{name}:kit{k}", "drums", words, play(path, k, drums=True)))
+        sources.append(Source(f"{name}:kit{k}", "drums", words, play(path, k, True)))
     return sources
 
 

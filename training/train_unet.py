@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from engine.manifest import NoiseSchedule
 from engine.schedule import make_schedule
@@ -74,7 +74,7 @@ class Batch:
 
 
 def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
-    """Loads VAE and towers. The latents' deviation is measured on 64 windows once, then kept in `statistics`."""
+    """Loads VAE and towers. The latents' deviation is measured on 64 windows once and kept in `statistics`."""
     vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
     towers = load_ema(towers_run, CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size())))
@@ -233,16 +233,18 @@ class BatchStream(IterableDataset[Batch]):
         self.data, self.frozen, self.batch, self.seed = data, frozen, batch, seed
 
     def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
-        rng = np.random.default_rng([self.seed, int(time.time())])  # a resumed run sees other data
+        worker = get_worker_info()
+        if worker is not None:
+            torch.set_num_threads(1)
+        # a resumed run sees other data, and so does every loader
+        rng = np.random.default_rng([self.seed, int(time.time()), worker.id if worker else 0])
         while True:
             songs = load_songs(self.data)  # rendering may still be adding songs
             for _ in range(300):
                 # half windows cost half, so most steps see twice as many songs
                 parts = 2 if rng.random() < SHORT_SHARE else 1
-                yield make_batch(
-                    draw(songs, self.batch * parts, rng, frames=FRAMES // parts), self.frozen, rng
-                )
+                windows = draw(songs, self.batch * parts, rng, frames=FRAMES // parts)
+                yield make_batch(windows, self.frozen, rng)
 
 
 def main() -> None:
