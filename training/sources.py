@@ -84,6 +84,9 @@ HELD_OUT_PROGRAMS: dict[str, tuple[int, ...]] = {
 }
 
 
+FLUIDSYNTH_BLOCK = 64  # samples
+
+
 @functools.lru_cache(maxsize=8)
 def _fluidsynth(path: str) -> tuple[Any, int]:
     import fluidsynth
@@ -112,18 +115,21 @@ def soundfont(path: str, program: int, drums: bool) -> Render:
             start = int(onset * RATE)
             events.append((start, 1, int(pitch), int(velocity)))
             events.append((start + max(1000, int(duration * RATE)), 0, int(pitch), 0))
+        # notes begin with FluidSynth's blocks, so whole blocks leave nothing over to shift the next render
+        end = n_samples + -n_samples % FLUIDSYNTH_BLOCK
         position, parts = 0, []
         for time, on, pitch, velocity in sorted(events):
-            if min(time, n_samples) > position:
-                parts.append(synth.get_samples(min(time, n_samples) - position))
-                position = min(time, n_samples)
+            if min(time, end) > position:
+                parts.append(synth.get_samples(min(time, end) - position))
+                position = min(time, end)
             if on:
                 synth.noteon(channel, pitch, velocity)
             else:
                 synth.noteoff(channel, pitch)
-        if position < n_samples:
-            parts.append(synth.get_samples(n_samples - position))
-        return np.concatenate(parts).reshape(-1, 2).mean(1).astype(np.float32) / 32768
+        if position < end:
+            parts.append(synth.get_samples(end - position))
+        mono = np.concatenate(parts).reshape(-1, 2).mean(1)[:n_samples]
+        return mono.astype(np.float32) / 32768
 
     return render
 

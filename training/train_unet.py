@@ -39,7 +39,8 @@ SHARES = {"split": 0.5, "fill": 0.33, "generate": 0.17}
 LAST_SHARE = 0.85  # of the splits train at the last step, the only one that the mask method uses
 STATISTICS = "latents.pt"
 KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
-MASK_WEIGHT = 0.1
+MASK_WEIGHT = 0.5
+MASK_POWER = 1.0  # softer than a Wiener filter: estimates this uncertain are punished for hard masks
 SHORT_SHARE = 0.7  # of the steps train on half windows
 
 
@@ -74,7 +75,7 @@ class Batch:
 
 
 def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
-    """Loads VAE and towers. The latents' deviation is measured on 64 windows once and kept in `statistics`."""
+    """Loads VAE and towers. The latents' deviation is measured on 64 windows once, kept in `statistics`."""
     vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
     towers = load_ema(towers_run, CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size())))
@@ -216,7 +217,7 @@ def mask_loss(
     batch, stems = latents.shape[:2]
     with torch.autocast(device, dtype=torch.bfloat16):
         decoded = decoder(latents.flatten(0, 1)).float()
-    power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(2).exp()
+    power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(MASK_POWER).exp()
     mask = power / power.sum(1, keepdim=True)
     estimate, truth = mask * mixture[:, None].exp(), mels.exp()
     error = ((estimate - truth) ** 2).sum((2, 3))
