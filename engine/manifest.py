@@ -142,6 +142,9 @@ class Manifest(_Part):
     grid: Grid | None = None
     chords: Chords | None = None
     level: Level | None = Field(default=None, description="None: audio is used at the level it comes")
+    mask_power: float = Field(
+        default=2.0, gt=0, description="split masks are ratios of the stems' mel magnitudes to this power"
+    )
     networks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="the configuration dataclass of each network, by graph name"
     )

@@ -37,7 +37,7 @@ FloatArray = NDArray[np.float32]
 Method = Literal["mask", "dirac", "gaussian"]
 
 RESIDUAL = "residual"
-POWER = 2.0  # masks are ratios of magnitudes to this power
+POWER = 2.0  # of the magnitudes whose ratios are masks: a Wiener filter's; a bundle may declare another
 # Powers of stems add up to the mix's only on average: up to twice their sum counts as explained.
 EXPLAINED = 2.0
 # The posteriors pull on the sum of S stems S times as fast as on one, so a step that shrinks sigma by more
@@ -98,7 +98,9 @@ def split(
         parts = _vocoded(model, mels, mix, gain, rendering)
     else:
         mix_mels = timeline_mels(signal, manifest, total, gain) if residual else None
-        parts = mask_mix(mix, mels, manifest.mel, mix_mels=mix_mels, report=rendering)
+        parts = mask_mix(
+            mix, mels, manifest.mel, mix_mels=mix_mels, power=manifest.mask_power, report=rendering
+        )
     clock(timings, "render", started)
     stems = {name: Audio(parts[i], mix.sample_rate) for i, name in enumerate(names)}
     request = {"method": method, "residual": residual, "raw": raw, "seconds": mix.seconds}

@@ -18,7 +18,7 @@ from training.dataset import MIXTURE_DB, load_songs
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
-from training.train_unet import SCHEDULE, STATISTICS, freeze
+from training.train_unet import MASK_POWER, SCHEDULE, STATISTICS, freeze
 
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="default of the jobs (%(default)s)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
+    parser.add_argument("--mask-power", type=float, default=MASK_POWER, help="exponent of split's masks")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     runs = {name: args.runs / name for name in ("vae", "towers", "vocoder", "unet")}
@@ -74,6 +75,7 @@ def main() -> None:
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),
         grid=Grid(),
         chords=Chords(),
+        mask_power=args.mask_power,
         level=Level(mixture_db=MIXTURE_DB, context_db=CONTEXT_DB),
         networks={
             "unet": asdict(unet.config),

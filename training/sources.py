@@ -108,6 +108,7 @@ def soundfont(path: str, program: int, drums: bool) -> Render:
         synth, font = _fluidsynth(path)
         channel = 9 if drums else 0
         synth.system_reset()
+        synth.get_samples(256 * FLUIDSYNTH_BLOCK)  # what still rang dies away
         if synth.program_select(channel, font, 128 if drums else 0, program) != 0:
             raise ValueError(f"{path} has no {'kit' if drums else 'program'} {program}")
         events = []
