@@ -106,8 +106,9 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
     if graph == "vocoder":
         return [Input("mel", ("batch", mels, "frames"))]
     if graph == "clap_text":
+        words = int(manifest.networks.get(graph, {}).get("vocabulary", 64))
         return [
-            Input("input_ids", ("batch", "length"), "int64", high=64),
+            Input("input_ids", ("batch", "length"), "int64", high=words),
             Input("attention_mask", ("batch", "length"), "mask"),
         ]
     if manifest.clap is not None and manifest.clap.audio_input == "audio":

@@ -8,31 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from engine.errors import BacklineError, UsageError
-from engine.manifest import Latent, Manifest, Sampling, Vocoder
+from engine.manifest import Capability, Latent, Manifest, Sampling, Vocoder
 from engine.schedule import make_schedule
 from export.bundle_writer import check_target, export_bundle
-from export.checkpoint import Checkpoint, LazyTensor, Placeholder, open_checkpoint
+from export.checkpoint import LazyTensor, open_checkpoint
 from export.hifigan import HifiGan, HifiGanConfig
+from export.import_clap import Towers, clap_part, read_towers
 from export.kl_vae import Decoder, Encoder, KlVae
 from export.reference_config import ReferenceConfig, read_config
+from export.tensor_source import Source, load_network
 from export.unet3d import UNet3d, fold_depth
 
-UNET, EMA, VAE, VOCODER, CLAP = (
-    "model.diffusion_model.",
-    "model_ema.diffusion_model",
-    "first_stage_model.",
-    "first_stage_model.vocoder.",
-    "cond_stage_model.",
-)
+UNET, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
+VAE, VOCODER = "first_stage_model.", "first_stage_model.vocoder."
 # Tables that follow from the schedule in the manifest.
 DERIVED = (
     "betas",
@@ -53,7 +49,6 @@ DERIVED = (
 LICENCE = "as published with the weights (not known to Backline)"
 
 Progress = Callable[[str, float], None]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -72,43 +67,6 @@ class Summary:
         text += [f"unused: {group}" for group in _grouped(self.unused)]
         text += [f"not rebuilt: {name}" for name in self.foreign]
         return text + [f"missing: {sentence}" for sentence in self.missing]
-
-
-@dataclass
-class Source:
-    """The tensors of one file, and which of them were taken."""
-
-    checkpoint: Checkpoint
-    tensors: dict[str, LazyTensor | Placeholder]
-    taken: set[str] = field(default_factory=set)
-
-    @property
-    def path(self) -> Path:
-        return self.checkpoint.path
-
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A tensor in float32. Raises BacklineError, naming it, where it is missing, misshapen or damaged."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise BacklineError(f"{self.path} lacks the tensor {name}.")
-        if isinstance(tensor, Placeholder):
-            raise BacklineError(
-                f"{self.path}: the tensor {name} depends on a foreign object, {tensor.origin}, "
-                "which is not rebuilt."
-            )
-        if shape is not None and tensor.shape != shape:
-            raise BacklineError(
-                f"{self.path}: the tensor {name} has shape {list(tensor.shape)}, and the configuration "
-                f"asks for {list(shape)}."
-            )
-        value = self.checkpoint.read(tensor).float()
-        if not bool(torch.isfinite(value).all()):
-            raise BacklineError(f"{self.path}: the tensor {name} holds values that are not finite.")
-        self.taken.add(name)
-        return value
-
-    def has(self, prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in self.tensors)
 
 
 def import_checkpoint(
@@ -155,7 +113,9 @@ def import_checkpoint(
         check_model(main)
         vae_source = open_source(vae, "state_dict") if vae else main
         vocoder_source = open_source(vocoder, "generator", "state_dict") if vocoder else main
-        sources = list({id(source): source for source in (main, vae_source, vocoder_source)}.values())
+        clap_source = open_source(clap, "state_dict") if clap else main
+        opened = (main, vae_source, vocoder_source, clap_source)
+        sources = list({id(source): source for source in opened}.values())
 
         _report(callback, "reading the UNet", 0.0)
         unet = read_unet(main, reference, weights)
@@ -166,34 +126,36 @@ def import_checkpoint(
         generator = read_vocoder(vocoder_source if vocoder else _vocoder_holder(main, vae_source), reference)
         read = {network: len(module.state_dict()) for network, module in _named(unet, autoencoder, generator)}
 
-        missing: list[str] = []
+        towers = Towers()
         if reference.unet.film_dim is not None:
-            missing.append("no CLAP, so the bundle takes no prompt and its empty condition is zeros")
-        manifest = _manifest(
-            reference, generator.config, scale, name or Path(ckpt).name.split(".")[0], licence
-        )
-        manifest = manifest.model_copy(
-            update={"provenance": _provenance(main, weights, {"vae": vae, "vocoder": vocoder})}
-        )
+            _report(callback, "reading CLAP", 0.0)
+            towers = read_towers(clap_source, reference, tokenizer)
+            read |= {tower: len(module.state_dict()) for tower, module in towers.modules().items()}
+        title = name or ("mt-musicldm" if reference.unet.film_dim else "mt-musicldm-unconditional")
+        manifest = _manifest(reference, generator.config, towers, scale, title, licence)
+        separate = {"vae": vae, "vocoder": vocoder, "clap": clap}
+        manifest = manifest.model_copy(update={"provenance": _provenance(main, weights, separate)})
         graphs: dict[str, nn.Module] = {
             "unet": fold_depth(unet),
             "vae_encoder": Encoder(autoencoder),
             "vae_decoder": Decoder(autoencoder),
             "vocoder": generator,
-        }
+        } | towers.modules()
         stride = reference.unet.stride
         manifest = export_bundle(
             out,
             manifest,
             graphs,
             half=precision == "fp16",
+            extra=towers.files(),
             times=(stride, 2 * stride + 1),
             force=force,
             callback=callback,
         )
         unused = [key for source in sources for key in source.tensors if key not in source.taken]
         foreign = sorted({item for source in sources for item in source.checkpoint.foreign})
-    return Summary(manifest, read, [key for key in unused if key not in DERIVED], foreign, missing)
+    unused = [key for key in unused if key not in DERIVED]
+    return Summary(manifest, read, unused, foreign, towers.missing(reference))
 
 
 def read_unet(source: Source, config: ReferenceConfig, weights: Literal["ema", "raw"]) -> UNet3d:
@@ -204,7 +166,7 @@ def read_unet(source: Source, config: ReferenceConfig, weights: Literal["ema", "
     def name_in_checkpoint(name: str) -> str:
         return EMA + name.replace(".", "") if weights == "ema" else UNET + name
 
-    return _load(lambda: UNet3d(config.unet), source, name_in_checkpoint)
+    return load_network(lambda: UNet3d(config.unet), source, name_in_checkpoint)
 
 
 def read_vae(source: Source, config: ReferenceConfig) -> KlVae:
@@ -212,7 +174,7 @@ def read_vae(source: Source, config: ReferenceConfig) -> KlVae:
     prefix = VAE if source.has(VAE + "encoder.") else ""
     if not source.has(prefix + "encoder."):
         raise BacklineError(f"{source.path} holds no VAE: pass it with --vae.")
-    return _load(lambda: KlVae(config.vae), source, lambda name: prefix + name)
+    return load_network(lambda: KlVae(config.vae), source, lambda name: prefix + name)
 
 
 def read_vocoder(source: Source, config: ReferenceConfig) -> HifiGan:
@@ -221,7 +183,7 @@ def read_vocoder(source: Source, config: ReferenceConfig) -> HifiGan:
     if prefix is None:
         raise BacklineError(f"{source.path} holds no vocoder: pass it with --vocoder.")
     layout = config.vocoder if config.vocoder_known else _layout_from_weights(source, prefix, config.vocoder)
-    return _load(lambda: HifiGan(layout), source, lambda name: prefix + name)
+    return load_network(lambda: HifiGan(layout), source, lambda name: prefix + name)
 
 
 def check_model(source: Source) -> None:
@@ -253,34 +215,6 @@ def check_model(source: Source) -> None:
             f"{source.path} is only a vocoder: pass it with --vocoder, beside the main checkpoint."
         )
     raise BacklineError(f"{source.path} is no Multi-Track MusicLDM checkpoint: it has no {UNET}* tensors.")
-
-
-def _load(build: Callable[[], Network], source: Source, rename: Callable[[str], str]) -> Network:
-    """A network with its tensors read one by one; it is built without memory of its own."""
-    with torch.device("meta"):
-        module = build()
-    state = {
-        name: _read_normalised(source, rename(name), tuple(parameter.shape))
-        for name, parameter in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def _read_normalised(source: Source, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight, multiplied out where the file has weight normalisation's two parts (arXiv:1602.07868)."""
-    if name in source.tensors or not name.endswith(".weight"):
-        return source.read(name, shape)
-    stem = name.removesuffix("weight")
-    for size, direction in (
-        ("weight_g", "weight_v"),
-        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    ):
-        if stem + direction in source.tensors:
-            g = source.read(stem + size, (shape[0], *[1] * (len(shape) - 1)))
-            v = source.read(stem + direction, shape)
-            return v * (g / v.flatten(1).norm(dim=1).reshape(g.shape))
-    return source.read(name, shape)
 
 
 def _layout_from_weights(source: Source, prefix: str, default: HifiGanConfig) -> HifiGanConfig:
@@ -320,9 +254,19 @@ def _check_schedule(source: Source, config: ReferenceConfig) -> None:
 
 
 def _manifest(
-    config: ReferenceConfig, vocoder: HifiGanConfig, scale: float, name: str, licence: str
+    config: ReferenceConfig, vocoder: HifiGanConfig, towers: Towers, scale: float, name: str, licence: str
 ) -> Manifest:
     film = config.unet.film_dim
+    graphs = towers.modules()
+    capabilities: list[Capability] = []
+    capabilities += ["text"] if "clap_text" in graphs else []
+    capabilities += ["audio"] if "clap_audio" in graphs else []
+    networks = {
+        "unet": asdict(config.unet),
+        "vae_encoder": asdict(config.vae),
+        "vae_decoder": asdict(config.vae),
+        "vocoder": asdict(vocoder),
+    }
     return Manifest(
         name=name,
         licence=licence,
@@ -337,17 +281,16 @@ def _manifest(
         vocoder=Vocoder(sample_rate=config.mel.sample_rate, hop=vocoder.hop, trim=vocoder.trim),
         schedule=config.schedule,
         prediction=config.prediction,
-        # The release samples with eta 1; without a real empty condition there is nothing to guide away from.
-        sampling=Sampling(sampler="ddim", steps=config.steps, eta=1.0, guidance=1.0),
+        # The release samples with eta 1. Without a real empty condition there is nothing to guide away from.
+        sampling=Sampling(
+            sampler="ddim", steps=config.steps, eta=1.0, guidance=config.guidance if towers.empty else 1.0
+        ),
         window_frames=config.window_frames,
+        capabilities=tuple(capabilities),
         film_dim=film,
-        film_uncond=None if film is None else (0.0,) * film,
-        networks={
-            "unet": asdict(config.unet),
-            "vae_encoder": asdict(config.vae),
-            "vae_decoder": asdict(config.vae),
-            "vocoder": asdict(vocoder),
-        },
+        film_uncond=None if film is None else towers.empty or (0.0,) * film,
+        clap=clap_part(towers) if capabilities else None,
+        networks=networks | towers.configs(),
     )
 
 

@@ -28,10 +28,11 @@ from engine.take import Settings
 from engine.tasks import fill, generate, split
 from export.checkpoint import open_checkpoint
 from export.hifigan import HifiGan
-from export.import_checkpoint import Source, import_checkpoint, read_unet, read_vae, read_vocoder
+from export.import_checkpoint import import_checkpoint, read_unet, read_vae, read_vocoder
 from export.kl_vae import KlVae
 from export.onnx_writer import relative_error
 from export.reference_config import ReferenceConfig, read_config
+from export.tensor_source import Source
 from export.unet3d import UNet3d
 
 

@@ -21,9 +21,10 @@ from engine.model import Model, clean_from
 from engine.samplers import Denoiser, sample_ddim
 from engine.schedule import make_schedule, timesteps
 from export.checkpoint import open_checkpoint
-from export.import_checkpoint import Source, import_checkpoint, read_unet, read_vae, read_vocoder
+from export.import_checkpoint import import_checkpoint, read_unet, read_vae, read_vocoder
 from export.onnx_writer import relative_error
 from export.reference_config import read_config
+from export.tensor_source import Source
 
 Array = NDArray[np.float32]
 MODELS = ("film", "uncond")
