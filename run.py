@@ -35,6 +35,7 @@ def main() -> int:
     if sys.version_info < OLDEST:
         return fail("Backline needs Python 3.11 or newer; this is {}.{}.".format(*sys.version_info))
     command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("help", [])
+    more = os.environ.get("BACKLINE_EXTRAS", "").split()  # of pyproject.toml, for the tests that want them
     # -P: a folder named engine or bridge where the user happens to be must not be imported
     backline = [str(PYTHON), "-P", "-m", "bridge.cli"]
     if command == "demo":
@@ -44,10 +45,12 @@ def main() -> int:
     if command == "test":
         markers = [] if any(argument.startswith("-m") for argument in rest) else ["-m", DEFAULT_MARKERS]
         os.chdir(ROOT)
-        return install([runtime(), "export", "dev"]) or start([str(PYTHON), "-m", "pytest", *markers, *rest])
+        return install([runtime(), "export", "dev", *more]) or start(
+            [str(PYTHON), "-m", "pytest", *markers, *rest]
+        )
     if command == "lint":
         os.chdir(ROOT)
-        return install([runtime(), "export", "dev"]) or lint()
+        return install([runtime(), "export", "dev", *more]) or lint()
     print(USAGE)
     return 0 if command in ("help", "-h", "--help") else 2
 

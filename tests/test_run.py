@@ -144,7 +144,18 @@ def test_the_gpu_decides_the_extra(
     assert run.runtime() == "cpu"
 
 
+def test_more_extras_can_be_asked_for(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "start", lambda command: 0)
+    monkeypatch.setattr(run, "runtime", lambda: "cpu")
+    monkeypatch.setattr(sys, "argv", ["run.py", "test"])
+    monkeypatch.setenv("BACKLINE_EXTRAS", "train")
+    monkeypatch.chdir(run.ROOT)
+    assert run.main() == 0
+    assert run.asked == [("cpu", "dev", "export", "train")]
+
+
 def test_commands(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BACKLINE_EXTRAS", raising=False)
     started: list[list[str]] = []
     monkeypatch.setattr(run, "start", lambda command: started.append(command[1:]) or 0)
     monkeypatch.setattr(run, "runtime", lambda: "cpu")
