@@ -19,6 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import yaml
+from command import backline, refused
 from reference_model import random_checkpoint, small_config, write_config
 
 from engine.audio import Audio
@@ -409,6 +410,17 @@ def test_options_and_target(files: Files, tmp_path: Path) -> None:
     with pytest.raises(BacklineError, match="exists"):
         import_checkpoint(files.path, files.config_path, tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_the_command(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--config", files.config_path, "--out", tmp_path / "bundle")
+    ran = backline(capsys, "import", files.path, *common, "--precision", "fp16", "--json")
+    assert ran.status == 0 and ran.json["status"] == "done"
+    assert ran.json["read"]["vocoder"] > 0 and ran.json["missing"]
+    assert Model.open(tmp_path / "bundle", "cpu", 1).manifest.provenance["export"]["weights"] == "float16"
+    refused(backline(capsys, "import", files.path, *common), 1, "bundle exists", "--force")
+    refused(backline(capsys, "import", tmp_path / "no.ckpt", *common, "--force"), 1, "no.ckpt does not exist")
+    refused(backline(capsys, "import", files.path, *common, "--weights", "best"), 2, "best")
 
 
 def test_cancelling_leaves_nothing(files: Files, tmp_path: Path) -> None:
