@@ -79,7 +79,7 @@ def test_resumes_step_time_weights_and_average(tmp_path: Path) -> None:
     assert torch.equal(again.weight, first.weight) and not again.training
     train(network(), watched, LoopConfig(tmp_path, 2.0, warmup=1, validate_every=25), quiet)
     assert steps == list(range(120))
-    assert torch.equal(seen[60], saved["model"]["weight"])  # type: ignore[index]
+    assert torch.equal(seen[60], saved["model"]["weight"])
     assert checkpoint(tmp_path)["spent"] == 120
 
 

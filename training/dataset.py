@@ -75,7 +75,7 @@ def draw(
             for song, start, row in zip(chosen, starts, renders, strict=True)
         ]
     )
-    magnitude = torch.from_numpy(_MAGNITUDES[stored])
+    magnitude = torch.from_numpy(MAGNITUDES[stored])
     if augment:
         magnitude *= _random_gains(len(chosen), rng)
     power = mix_power(magnitude, rng)
@@ -107,7 +107,7 @@ def _random_gains(batch: int, rng: np.random.Generator) -> torch.Tensor:
 
 # Tables, because a window holds half a million bands: magnitudes of stored bytes (a band at the floor is
 # nothing), and cosines and sines of random phases, read from a random place.
-_MAGNITUDES = np.concatenate([[0], np.exp(np.arange(1, 256) * QUANTUM + FLOOR)]).astype(np.float32)
+MAGNITUDES = np.concatenate([[0], np.exp(np.arange(1, 256) * QUANTUM + FLOOR)]).astype(np.float32)
 _PHASES = np.random.default_rng(0).uniform(0, 2 * np.pi, 1 << 21)
 _COS, _SIN = torch.from_numpy(np.cos(_PHASES)).float(), torch.from_numpy(np.sin(_PHASES)).float()
 _BINS = torch.from_numpy((mel_filterbank(GEOMETRY) > 0).sum(0)).float()

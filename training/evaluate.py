@@ -28,10 +28,10 @@ from engine.separation import Method, mask_mix
 from engine.take import Settings
 from engine.tasks import fill, generate, split
 from training import metrics
-from training.dataset import RenderedSong, load_songs
+from training.dataset import MAGNITUDES, RenderedSong, load_songs
 from training.held_out import Window, held_out_windows
 from training.loop import load_ema
-from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, QUANTUM
+from training.mel import GEOMETRY, LATENT_FRAMES
 from training.metrics import Array
 from training.stems import STEMS
 from training.train_classifier import StemClassifier
@@ -96,8 +96,8 @@ def evaluate_fill(
                 "sounds_like_role": float(np.mean([sounds_like(classifier, s) == stem for s in signals])),
             }
         result[stem] = shares | {
-            "own_of_true": shares["generated"]["own"] / shares["true"]["own"],
-            "aligned_of_true": shares["generated"]["aligned"] / shares["true"]["aligned"],
+            "own_of_true": shares["generated"]["own"] / max(shares["true"]["own"], 1e-9),
+            "aligned_of_true": shares["generated"]["aligned"] / max(shares["true"]["aligned"], 1e-9),
             "worst_si_sdr_to_context": max(copies),
             "level_difference_db": {
                 "median": float(np.median(levels)),
@@ -216,7 +216,8 @@ def evaluate_novelty(
         start = int(rng.integers(song.mels.shape[2] - frames))
         renders = rng.integers(song.mels.shape[1], size=len(STEMS))
         stored = np.stack([song.mels[i, r, start : start + frames] for i, r in enumerate(renders)])
-        bank.append(0.5 * np.log(np.exp(2 * (stored * QUANTUM + FLOOR)).sum(0)))
+        power = (MAGNITUDES[stored] ** 2).sum(0)
+        bank.append(0.5 * np.log(np.maximum(power, GEOMETRY.floor**2)))
     known = _fingerprints(np.stack(bank))
 
     def nearest(signals: list[Array]) -> list[float]:

@@ -1,0 +1,388 @@
+"""What each network is trained on: batches that say what they should, losses that fall for the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training_songs import save, song
+
+from engine.schedule import make_schedule
+from export.caption_towers import CaptionTowers, CaptionTowersConfig
+from export.patch_vae import PatchVAE, PatchVAEConfig
+from training import train_classifier, train_towers, train_unet, train_vae, train_vocoder
+from training.captions import Thresholds, make_tokenizer
+from training.dataset import draw, mix
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
+from training.stems import STEMS
+from training.train_unet import (
+    KNOWN_WEIGHT,
+    LAST,
+    LAST_SHARE,
+    SCHEDULE,
+    SHARES,
+    Batch,
+    BatchStream,
+    Frozen,
+    diffusion_loss,
+    draw_timesteps,
+    make_batch,
+    mask_loss,
+)
+
+LENGTH = 16  # latent frames
+FILM = 8
+ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Frozen:
+    torch.manual_seed(0)
+    songs = [song(seed) for seed in range(2)]
+    vae = PatchVAE(PatchVAEConfig(channels=6, width=16, encoder_blocks=1, decoder_blocks=1))
+    vae.set_principal_components(train_vae.batch_of_mels(songs, 4, np.random.default_rng(0)).reshape(-1, 512))
+    tokenizer = make_tokenizer(songs)
+    sizes = CaptionTowersConfig(
+        vocabulary=tokenizer.get_vocab_size(), embedding=FILM, text_width=8, audio_width=8, audio_blocks=1
+    )
+    thresholds = Thresholds(((20.0, 60.0),) * 5, (2.0, 6.0))
+    towers = CaptionTowers(sizes)
+    return Frozen(
+        vae.eval().requires_grad_(False),
+        towers.eval().requires_grad_(False),
+        tokenizer,
+        thresholds,
+        scale=0.5,
+        channel_weight=torch.linspace(0.5, 1.5, 6)[:, None, None],
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(frozen: Frozen) -> Batch:
+    """Enough samples to hold every task."""
+    rng = np.random.default_rng(0)
+    windows = draw([song(seed) for seed in range(2)], 96, rng, frames=LENGTH * LATENT_FRAMES)
+    return make_batch(windows, frozen, rng)
+
+
+def kinds(batch: Batch) -> dict[str, torch.Tensor]:
+    """Which samples are what, (B,) each."""
+    heard = batch.inputs["mixture_mask"].amax(1) > 0
+    named = batch.inputs["mixture_stems"].sum(1)
+    known = batch.inputs["context_mask"].amin(2).sum(1)  # stems known all the time
+    return {
+        "split": heard & (named == len(STEMS)),
+        "named": heard & (named > 0) & (named < len(STEMS)),
+        "unnamed": heard & (named == 0),
+        "context": ~heard & (known > 0),
+        "generate": ~heard & (known == 0),
+    }
+
+
+def test_shapes(batch: Batch) -> None:
+    stems, z = len(STEMS), 6
+    shapes = {name: tuple(value.shape[1:]) for name, value in batch.inputs.items()}
+    assert shapes == {
+        "film": (FILM,),
+        "context": (stems, z, LENGTH, 1),
+        "context_mask": (stems, LENGTH),
+        "mixture": (z, LENGTH, 1),
+        "mixture_mask": (LENGTH,),
+        "mixture_stems": (stems,),
+        "grid": (LENGTH, 6),
+        "chords": (LENGTH, 25),
+    }
+    assert batch.latents.shape[1:] == (stems, z, LENGTH, 1)
+    assert batch.loss_mask.shape[1:] == (stems, LENGTH)
+
+
+def test_tasks_come_in_their_shares(batch: Batch) -> None:
+    found = {name: float(mask.float().mean()) for name, mask in kinds(batch).items()}
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["split"] == pytest.approx(SHARES["split"], abs=0.15)
+    assert found["generate"] == pytest.approx(SHARES["generate"], abs=0.12)
+    assert found["context"] == pytest.approx(0.75 * SHARES["fill"], abs=0.15)
+    assert found["named"] > 0 and found["unnamed"] > 0
+
+
+def test_context_is_the_latents_where_known_and_nothing_elsewhere(batch: Batch) -> None:
+    mask = batch.inputs["context_mask"]
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    wide = mask[:, :, None, :, None].expand_as(batch.latents) > 0
+    assert torch.equal(batch.inputs["context"][wide], batch.latents[wide])
+    assert (batch.inputs["context"][~wide] == 0).all()
+    assert not mask.flatten(1).all(1).any(), "something is always asked for"
+
+
+def test_splits_have_a_mixture_and_no_context(batch: Batch) -> None:
+    found = kinds(batch)
+    assert (batch.splits <= found["split"]).all() and batch.splits.sum() > 0.5 * found["split"].sum()
+    inputs = {name: value[batch.splits] for name, value in batch.inputs.items()}
+    assert (inputs["mixture_mask"] == 1).all() and (inputs["mixture_stems"] == 1).all()
+    assert (inputs["context_mask"] == 0).all() and (inputs["context"] == 0).all()
+    assert (batch.loss_mask[batch.splits] == 1).all()
+
+
+def test_a_mixture_never_comes_with_its_parts(batch: Batch) -> None:
+    found = kinds(batch)
+    parts = found["named"] | found["unnamed"]
+    assert (batch.inputs["context_mask"][parts] == 0).all()
+    silent = batch.inputs["mixture_mask"].amax(1) == 0
+    assert (batch.inputs["mixture"][silent] == 0).all() and (batch.inputs["mixture_stems"][silent] == 0).all()
+
+
+def test_the_loss_is_on_what_is_asked_for(batch: Batch) -> None:
+    found = kinds(batch)
+    known = batch.inputs["context_mask"] > 0
+    assert torch.allclose(batch.loss_mask[known], torch.tensor(KNOWN_WEIGHT))
+    unnamed = batch.loss_mask[found["unnamed"]]
+    in_the_mix = unnamed.amax(2) == 0
+    assert (in_the_mix.sum(1) >= 1).all() and (in_the_mix.sum(1) < len(STEMS)).all()
+    others = batch.loss_mask[~found["unnamed"]]
+    assert (others[~known[~found["unnamed"]]] == 1).all()
+
+
+def test_mixtures_are_encoded_mixtures(batch: Batch, frozen: Frozen) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mean, _ = frozen.vae.moments(batch.mixture[:, None])
+        stems, _ = frozen.vae.moments(batch.mels.flatten(0, 1)[:, None])
+    whole = kinds(batch)["split"]
+    mixture = batch.inputs["mixture"]
+    assert torch.allclose(mixture[whole], mean[whole].float() * frozen.scale, atol=1e-5)
+    named = kinds(batch)["named"]
+    assert not torch.allclose(mixture[named], mean[named].float() * frozen.scale, atol=1e-2)
+    expected = stems.float().unflatten(0, batch.latents.shape[:2]) * frozen.scale
+    assert torch.allclose(batch.latents, expected, atol=1e-5)
+
+
+def test_conditions_are_known_or_all_zero(batch: Batch) -> None:
+    for name, known, share in (("grid", 5, 0.5), ("chords", 24, 0.4)):
+        value = batch.inputs[name]
+        told = value[..., known]
+        assert (told.amin(1) == told.amax(1)).all() and set(told.unique().tolist()) == {0.0, 1.0}
+        assert (value[told[:, 0] == 0] == 0).all()
+        assert float(told.mean()) == pytest.approx(share, abs=0.17)
+
+
+def test_a_quarter_has_no_prompt(batch: Batch, frozen: Frozen) -> None:
+    empty = frozen.towers.text(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))
+    without = ((batch.inputs["film"] - empty).abs().amax(1) < 1e-5).float().mean()
+    assert 0.12 < float(without) < 0.45
+    assert torch.allclose(batch.inputs["film"].norm(dim=1), torch.ones(len(batch.latents)), atol=1e-4)
+
+
+def test_batches_repeat_with_the_seed_and_move_between_devices(frozen: Frozen) -> None:
+    windows = draw([song(0)], 4, np.random.default_rng(0), frames=64)
+    first, second = (make_batch(windows, frozen, np.random.default_rng(3)) for _ in range(2))
+    assert all(torch.equal(first.inputs[k], second.inputs[k]) for k in first.inputs)
+    moved = first.to("cpu")
+    assert torch.equal(moved.splits, first.splits) and moved.inputs.keys() == first.inputs.keys()
+
+
+def test_timesteps_are_uniform_and_splits_are_mostly_last(batch: Batch) -> None:
+    rng = np.random.default_rng(0)
+    t = torch.stack([draw_timesteps(batch, rng, "cpu") for _ in range(40)])
+    assert t.min() >= 0 and t.max() == LAST
+    assert float((t[:, batch.splits] == LAST).float().mean()) == pytest.approx(LAST_SHARE, abs=0.05)
+    others = t[:, ~batch.splits].float()
+    assert float(others.mean()) == pytest.approx(LAST / 2, rel=0.05)
+    assert float((others == LAST).float().mean()) < 0.01
+
+
+class Oracle(nn.Module):
+    """Predicts v for the clean latents it was given, off by `wrong` (B, S, Z, T, F)."""
+
+    def __init__(self, clean: torch.Tensor, wrong: torch.Tensor) -> None:
+        super().__init__()
+        self.clean, self.wrong = clean, wrong
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        a = ALPHAS[t].sqrt()[:, None, None, None, None]
+        s = (1 - ALPHAS[t]).sqrt()[:, None, None, None, None]
+        return (a * x - self.clean) / s + self.wrong
+
+
+def loss_of(
+    batch: Batch, frozen: Frozen, wrong: torch.Tensor, t: torch.Tensor
+) -> tuple[float, dict[str, float]]:
+    oracle = Oracle(batch.latents, wrong)
+    value, logs = diffusion_loss(oracle, batch, frozen, frozen.vae.decoder, t, ALPHAS, "cpu")
+    return float(value), logs
+
+
+def test_the_true_v_costs_nothing(batch: Batch, frozen: Frozen) -> None:
+    t = torch.full((len(batch.latents),), 500)
+    value, logs = loss_of(batch, frozen, torch.zeros_like(batch.latents), t)
+    assert value < 1e-6 and logs.keys() == {"mse"}
+
+
+def test_an_error_costs_by_channel_and_by_what_is_asked_for(batch: Batch, frozen: Frozen) -> None:
+    t = torch.full((len(batch.latents),), 500)
+    wrong = torch.zeros_like(batch.latents)
+    wrong[:, :, 2] = 0.3
+    value, _ = loss_of(batch, frozen, wrong, t)
+    weight = float(frozen.channel_weight[2])
+    assert value == pytest.approx(0.09 * weight / 6, rel=1e-3)  # one of six channels, everywhere
+    known = batch.inputs["context_mask"][:, :, None, :, None]
+    value, _ = loss_of(batch, frozen, wrong * known, t)
+    mask, given = batch.loss_mask, batch.inputs["context_mask"]
+    share = (KNOWN_WEIGHT * given).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1)
+    assert value == pytest.approx(0.09 * weight / 6 * float(share.mean()), rel=1e-3)
+
+
+def test_splits_at_the_last_step_are_judged_by_their_masks(batch: Batch, frozen: Frozen) -> None:
+    t = torch.full((len(batch.latents),), LAST)
+    right, logs = loss_of(batch, frozen, torch.zeros_like(batch.latents), t)
+    swapped = batch.latents - batch.latents.roll(1, 1)  # each stem predicted in the place of another
+    wrong, wrong_logs = loss_of(batch, frozen, swapped, t)
+    assert logs["mask_db"] < -10 and wrong_logs["mask_db"] > -1
+    assert logs["mse_split"] < 1e-6 < wrong_logs["mse_split"] and right < wrong
+
+
+class Pictures(nn.Module):
+    """A decoder whose latents are the log mels themselves."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, None]
+
+
+def test_mask_loss_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    mels = torch.full((1, 4, 20, GEOMETRY.n_mels), FLOOR)
+    mels[:, 0, :, :64], mels[:, 1, :, 64:] = 0.0, 0.0
+    mixture = mix(mels, rng)
+    decoder: nn.Module = Pictures()
+    perfect = mask_loss(decoder, mels, mels, mixture, "cpu")
+    assert float(perfect) == pytest.approx(-4.5), "clamped: masks of disjoint stems are exact"
+    # equal masks give each stem a quarter of the mixture: 9/16 of its energy is missing, 1/16 is the other's
+    equal = mask_loss(decoder, torch.zeros_like(mels), mels, mixture, "cpu")
+    assert float(equal) == pytest.approx(np.log(10 / 16), abs=1e-3)
+
+
+def test_the_stream_of_batches_follows_the_folder(tmp_path: Path, frozen: Frozen) -> None:
+    save(tmp_path, 0, song(0))
+    stream = iter(BatchStream(tmp_path, frozen, 1, seed=0))
+    sizes = {(len(b.latents), b.latents.shape[3]) for b in (next(stream) for _ in range(6))}
+    assert sizes <= {(1, 216), (2, 108)}  # whole windows, or twice as many halves
+
+
+def test_the_vae_learns_to_rebuild_and_starts_as_a_principal_component_analysis() -> None:
+    torch.manual_seed(0)
+    songs = [song(seed) for seed in range(2)]
+    rng = np.random.default_rng(0)
+    model = PatchVAE(PatchVAEConfig(channels=16, width=16, encoder_blocks=1, decoder_blocks=1))
+    mels = train_vae.batch_of_mels(songs, 3, rng)
+    assert mels.shape == (15, 1, train_vae.FRAMES, GEOMETRY.n_mels)
+    patches = mels.reshape(-1, 512)
+    model.set_principal_components(patches)
+    with torch.no_grad():
+        rebuilt = model.decoder(model.encoder(mels)[:, :16])
+    x = (patches - FLOOR) / 2
+    mean = x.mean(0)
+    _, _, basis = torch.linalg.svd(x - mean, full_matrices=False)
+    expected = ((x - mean) @ basis[:16].T @ basis[:16] + mean) * 2
+    expected = nn.functional.softplus(expected, beta=4.0) + FLOOR
+    assert (rebuilt.reshape(-1, 512) - expected).abs().mean() < 1e-3 < (rebuilt - mels).abs().mean()
+    value, logs = train_vae.losses(model, mels, "cpu")
+    assert value.item() == pytest.approx(logs["weighted_l1"] + train_vae.KL_WEIGHT * logs["kl"], rel=1e-4)
+    assert float(train_vae.reconstruction(mels, mels)) == 0
+    value.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_loud_bands_weigh_more() -> None:
+    mel = torch.tensor([FLOOR, 0.0]).reshape(1, 1, 1, 2)
+    floor, loud = (train_vae.reconstruction(mel + torch.tensor(e), mel) for e in ([1.0, 0.0], [0.0, 1.0]))
+    assert 3 < float(loud / floor) < 4.1
+
+
+def test_the_vocoders_loss_is_zero_for_the_target_and_hears_noise() -> None:
+    target = torch.randn(2, 64 * GEOMETRY.hop) * 0.1
+    value, logs = train_vocoder.spectral_loss(target, target)
+    assert float(value) == 0 and logs == {"mel_l1": 0, "stft": 0}
+    noisy, _ = train_vocoder.spectral_loss(target + 0.01 * torch.randn_like(target), target)
+    wrong, _ = train_vocoder.spectral_loss(torch.randn_like(target) * 0.1, target)
+    assert 0 < float(noisy) < float(wrong)
+
+
+def test_segments_are_sounding_stems_and_mixtures(tmp_path: Path) -> None:
+    samples = train_vocoder.SEGMENT * GEOMETRY.hop
+    audio = np.zeros((4, 3 * samples), np.int16)
+    audio[1], audio[2] = 8000, -4000
+    np.save(tmp_path / "000000.audio.npy", audio)
+    songs = train_vocoder.load_audio(tmp_path)
+    rows = train_vocoder.segments(songs, 200, np.random.default_rng(0))
+    assert rows.shape == (200, samples) and rows.dtype == torch.float32
+    assert (rows.abs().amax(1) > 0).all(), "silence teaches nothing"
+    gains = torch.log10(rows[:, 0].abs() * 32768 / 4000) * 20  # the mixture is 4000, stem 1 is 6 dB above
+    assert float(gains.std()) == pytest.approx(5, abs=1.5)
+    with pytest.raises(FileNotFoundError, match=r"training\.render"):
+        train_vocoder.load_audio(tmp_path / "nowhere")
+
+
+class Matched(nn.Module):
+    """Towers whose embeddings are the rows of the identity, the text's turned by `turn`."""
+
+    def __init__(self, turn: int) -> None:
+        super().__init__()
+        self.turn, self.log_temperature = turn, nn.Parameter(torch.tensor(3.0))
+
+    def audio(self, mel: torch.Tensor) -> torch.Tensor:
+        return torch.eye(len(mel))
+
+    def text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.eye(len(ids)).roll(self.turn, 0)
+
+
+def test_the_contrastive_loss_knows_pairs() -> None:
+    nothing = torch.zeros(4, 1)
+    right, share = train_towers.contrastive(Matched(0), nothing, nothing, nothing)
+    assert share == 1 and float(right.detach()) == pytest.approx(
+        np.log(1 + 3 * np.exp(-np.exp(3.0))), abs=1e-5
+    )
+    wrong, share = train_towers.contrastive(Matched(1), nothing, nothing, nothing)
+    assert share == 0 and float(wrong.detach()) == pytest.approx(np.exp(3.0), abs=1e-3)
+
+
+def test_the_classifier_hears_sounding_stems_whatever_their_level() -> None:
+    torch.manual_seed(0)
+    mel, label = train_classifier._sounding([song(0)], 6, np.random.default_rng(1), True)
+    assert len(mel) == len(label) <= 24 and set(label.tolist()) == {0, 1, 2, 3}
+    assert (mel.amax((1, 2, 3)) > FLOOR + 4).all()
+    quarter = GEOMETRY.n_mels // len(STEMS)
+    loudest = mel.mean(2)[:, 0].argmax(1) // quarter
+    assert torch.equal(loudest, label)
+    model = train_classifier.StemClassifier().eval()
+    logits = model(mel)
+    assert logits.shape == (len(mel), len(STEMS))
+    assert torch.allclose(model(mel + 1.5), logits, atol=2e-2)
+
+
+def test_statistics_are_measured_once(
+    tmp_path: Path, frozen: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae_config, towers_config = frozen.vae.config, frozen.towers.config
+    for name, model in (("vae", frozen.vae), ("towers", frozen.towers)):
+        (tmp_path / name).mkdir()
+        torch.save({"ema": model.state_dict()}, tmp_path / name / "checkpoint.pt")
+    frozen.tokenizer.save(str(tmp_path / "towers" / "tokenizer.json"))
+    limits = '{"brightness": [[1, 2], [1, 2], [1, 2], [1, 2], [1, 2]], "density": [3, 4]}'
+    (tmp_path / "towers" / "thresholds.json").write_text(limits)
+    monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda: vae_config)
+    monkeypatch.setattr(
+        train_unet, "CaptionTowersConfig", lambda vocabulary: replace(towers_config, vocabulary=vocabulary)
+    )
+    monkeypatch.setattr(train_unet, "draw", lambda songs, batch, rng: draw(songs, batch, rng, frames=32))
+    statistics = tmp_path / "latents.pt"
+    first = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(0)])
+    again = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(1)])
+    assert first.scale == again.scale and torch.equal(first.channel_weight, again.channel_weight)
+    assert float(first.channel_weight.mean()) == pytest.approx(1)
+    assert first.thresholds == Thresholds(((1, 2),) * 5, (3, 4))
+    windows = draw([song(0)], 64, np.random.default_rng(0), frames=32)
+    latents, _ = first.vae.moments(windows.mels.flatten(0, 1)[:, None])
+    assert float((latents * first.scale).std()) == pytest.approx(1, rel=1e-4)
