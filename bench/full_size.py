@@ -109,7 +109,7 @@ def build_checkpoint(layout: Path, path: Path) -> None:
         elif len(shape) > 1:
             tensor.normal_(std=tensor[0].numel() ** -0.5)
         else:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+            tensor.fill_(1.0 if name.endswith(("weight", "scale_factor")) else 0.0)
         state[name] = tensor
     config = described["config"]
     line = torch.linspace(

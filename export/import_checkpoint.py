@@ -120,7 +120,7 @@ def import_checkpoint(
         _report(callback, "reading the UNet", 0.0)
         unet = read_unet(main, reference, weights)
         _check_schedule(main, reference)
-        scale = float(main.read("scale_factor").reshape(()))
+        scale = _scale_factor(main)
         _report(callback, "reading VAE and vocoder", 0.0)
         autoencoder = read_vae(vae_source, reference)
         generator = read_vocoder(vocoder_source if vocoder else _vocoder_holder(main, vae_source), reference)
@@ -238,6 +238,13 @@ def _layout_from_weights(source: Source, prefix: str, default: HifiGanConfig) ->
 def _vocoder_holder(main: Source, vae_source: Source) -> Source:
     """The vocoder travels inside the first stage; of a separate VAE file only where the main one has none."""
     return main if main.has(VOCODER) else vae_source
+
+
+def _scale_factor(source: Source) -> float:
+    scale = source.read("scale_factor")
+    if scale.numel() != 1 or float(scale) <= 0:
+        raise BacklineError(f"{source.path}: the tensor scale_factor is no positive number.")
+    return float(scale)
 
 
 def _check_schedule(source: Source, config: ReferenceConfig) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from engine.errors import BacklineError
 from engine.manifest import Mel, NoiseSchedule
 from export.hifigan import HifiGanConfig
@@ -78,7 +80,11 @@ def read_config(path: Path) -> ReferenceConfig:
         config = _from_release(tree) if "model" in tree else _from_json(tree.get("config", tree))
     except KeyError as error:
         raise BacklineError(f"{path} has no entry {error.args[0]!r}.") from error
-    except (TypeError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BacklineError(f"{path}: {place} makes no sense: {first['msg']}.") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise BacklineError(f"{path} is no model configuration: {error}.") from error
     except BacklineError as error:
         raise BacklineError(f"{path}: {error}") from error

@@ -299,6 +299,8 @@ def test_missing_misshapen_and_broken_tensors_are_named(files: Files) -> None:
     broken = torch.full((288, 96, 1), float("nan"))
     assert key in files.refused(files.saved("nan.ckpt", **{key: broken}))
     assert "scale_factor" in files.refused(files.saved("scale.ckpt", scale_factor=None))
+    zero = files.saved("zero.ckpt", scale_factor=torch.tensor(0.0))
+    assert "positive" in files.refused(zero)
     no_ema = {name: None for name in files.checkpoint["state_dict"] if name.startswith("model_ema.")}
     assert "--weights raw" in files.refused(files.saved("raw.ckpt", **no_ema))
     other = torch.linspace(1, 0, 500)
@@ -392,6 +394,9 @@ def test_configurations_that_do_not_fit(files: Files, tmp_path: Path) -> None:
     )
     assert "stems" in refused(small_config() | {"stems": ["bass", "drums"]})
     assert "parameterization" in refused(small_config() | {"parameterization": "flow"})
+    assert "steps" in refused(small_config() | {"timesteps": 0})
+    assert "no model configuration" in refused(small_config() | {"unet": [1]})
+    assert "no model configuration" in refused(small_config(channel_mult=3))
     assert "multiples of 32" in refused(small_config(model_channels=40))
     assert "shape" in refused(small_config(model_channels=64))
     assert "neither YAML nor JSON" in refused("{")
