@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from default_family import write_default_bundle
 from reference_model import random_checkpoint, small_config, write_config
 from tiny_bundle import write_tiny_bundle
 
@@ -44,3 +45,9 @@ def tiny_reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(random_checkpoint(write_config(folder / "config.json", tree)), folder / "last.ckpt")
     import_checkpoint(folder / "last.ckpt", folder / "config.json", folder / "bundle")
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_default_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default family's networks, very small, random weights, every capability; do not write into it."""
+    return write_default_bundle(tmp_path_factory.mktemp("default") / "bundle")
