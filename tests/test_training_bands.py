@@ -113,6 +113,7 @@ def test_folding_keeps_pitch_classes_and_brings_them_into_range() -> None:
         pitch = folded(notes.copy(), stem)[:, 2]
         assert pitch.min() >= low and pitch.max() <= high
         assert (pitch % 12 == np.arange(128) % 12).all()
+        assert pitch[:low].max() < low + 12 and pitch[high + 1 :].min() > high - 12, "no further than needed"
         inside = (notes[:, 2] >= low) & (notes[:, 2] <= high)
         assert (pitch[inside] == notes[inside, 2]).all()
     assert (folded(notes.copy(), "drums") == notes).all()
