@@ -1,4 +1,4 @@
-"""The default family's networks: what they compute, and that onnxruntime computes the same at any length."""
+"""The default family's networks, exported: graphs that compute what torch does, and every task on them."""
 
 from __future__ import annotations
 
@@ -7,285 +7,90 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from training_songs import song
+from default_family import CHANNELS, FILM, FRAMES, MELS, WINDOW, networks
 
 from engine.audio import Audio
-from engine.manifest import (
-    Chords,
-    Clap,
-    Grid,
-    Latent,
-    Level,
-    Manifest,
-    Mel,
-    NoiseSchedule,
-    Sampling,
-    Vocoder,
-)
 from engine.model import Model
 from engine.take import Settings
 from engine.tasks import fill, generate, split
-from export.blocks import ConvBlock
-from export.bundle_writer import export_bundle
-from export.caption_towers import CaptionTowers, CaptionTowersConfig
-from export.patch_vae import PatchVAE, PatchVAEConfig
-from export.stem_unet import StemUNet, StemUNetConfig, timestep_embedding
-from export.vocos import InverseFFT, Vocos, VocosConfig
-from training.captions import encode, for_prompts, make_tokenizer
-from training.mel import LATENT_FRAMES
-from training.stems import STEMS
-
-MELS, CHANNELS, FILM = 16, 4, 8
-GEOMETRY = Mel(
-    sample_rate=16000, n_fft=256, win_length=256, hop=32, n_mels=MELS, f_min=0, f_max=8000, floor=1e-4
-)
-UNET = StemUNetConfig(
-    channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16
-)
-VAE = PatchVAEConfig(mels=MELS, channels=CHANNELS, width=8, encoder_blocks=1, decoder_blocks=1)
-VOCOS = VocosConfig(mels=MELS, width=8, blocks=1, n_fft=64, split=2)
-
-
-def towers_config(vocabulary: int) -> CaptionTowersConfig:
-    return CaptionTowersConfig(
-        vocabulary=vocabulary, embedding=FILM, text_width=8, mels=MELS, audio_width=8, audio_blocks=1
-    )
-
-
-def random(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with no weight left at zero, where training starts many."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.add_(torch.randn_like(weight) * 0.1)
-    return module.eval().requires_grad_(False)
-
-
-def unet_inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    stems = len(STEMS)
-    return {
-        "latents": torch.randn(batch, stems, CHANNELS, length, 1),
-        "timestep": torch.arange(batch) * 300 + 10,
-        "film": torch.randn(batch, FILM),
-        "context": torch.randn(batch, stems, CHANNELS, length, 1),
-        "context_mask": torch.ones(batch, stems, length),
-        "mixture": torch.randn(batch, CHANNELS, length, 1),
-        "mixture_mask": torch.ones(batch, length),
-        "mixture_stems": torch.ones(batch, stems),
-        "grid": torch.randn(batch, length, 6),
-        "chords": torch.randn(batch, length, 25),
-    }
+from export.bundle_writer import graph_inputs, graph_outputs
+from export.onnx_writer import relative_error, write_graph
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, CaptionTowers]:
-    tokenizer = make_tokenizer([song(0)])
-    towers = random(CaptionTowers(towers_config(tokenizer.get_vocab_size())), 1)
-    vae = random(PatchVAE(VAE), 2)
-    uncond = towers.text(*encode(tokenizer, [""]))[0]
-    manifest = Manifest(
-        name="small",
-        licence="CC0-1.0",
-        stems=STEMS,
-        mel=GEOMETRY,
-        latent=Latent(channels=CHANNELS, frames=LATENT_FRAMES, freq=1, scale_factor=1.0),
-        vocoder=Vocoder(sample_rate=16000, hop=32, trim=0),
-        schedule=NoiseSchedule(start=0.0015, end=0.0195, steps=1000),
-        prediction="v",
-        sampling=Sampling(sampler="dpmpp_2m", steps=2),
-        window_frames=64,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
-        film_dim=FILM,
-        film_uncond=tuple(uncond.tolist()),
-        clap=Clap(tokenizer="tokenizer.json"),
-        grid=Grid(),
-        chords=Chords(),
-        level=Level(mixture_db=-8.0, context_db=-9.5),
-    )
-    networks = {
-        "unet": random(StemUNet(UNET), 3),
-        "vae_encoder": vae.encoder,
-        "vae_decoder": vae.decoder,
-        "vocoder": random(Vocos(VOCOS), 4),
-        "clap_text": towers.text,
-        "clap_audio": towers.audio,
-    }
-    out = tmp_path_factory.mktemp("family") / "bundle"
-    extra = {"tokenizer.json": for_prompts(tokenizer).to_str(pretty=True).encode()}
-    # an odd and an even length: the UNet halves time once
-    written = export_bundle(out, manifest, networks, extra=extra, times=(15, 22))
-    return out, written, towers
+def model(tiny_default_bundle: Path) -> Model:
+    return Model.open(tiny_default_bundle, "cpu", 1)
 
 
-def test_every_graph_equals_torch(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
-    errors = bundle[1].provenance["export"]["relative_error"]
-    assert set(errors) == {"unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio"}
-    assert max(errors.values()) <= 1e-4
+@pytest.mark.parametrize(
+    "graph", ["unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio"]
+)
+def test_float32_graphs_equal_torch(model: Model, graph: str, tmp_path: Path) -> None:
+    """At lengths that the networks' own halving does not divide, too."""
+    sizes = [
+        {"batch": batch, "time": time, "frames": time * FRAMES, "length": length}
+        for batch, time, length in ((1, 12, 3), (2, 17, 6))
+    ]
+    inputs, outputs = graph_inputs(model.manifest, graph), graph_outputs(model.manifest, graph)
+    assert write_graph(networks()[graph], inputs, outputs, tmp_path / "graph.onnx", sizes=sizes) <= 1e-4
 
 
-def test_the_engine_plays_and_splits_with_it(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
-    model = Model.open(bundle[0], "cpu", 1)
-    settings = Settings(seed=1)
-    # 1.3 s are an odd number of latent frames
-    take = generate(model, seconds=1.3, text="slow piano", bpm=100, chords="C | Am", settings=settings)
-    assert list(take.stems) == list(STEMS)
-    audio = Audio(np.random.default_rng(0).normal(0, 0.1, (1, 20800)).astype(np.float32), 16000)
-    filled = fill(model, {"drums": audio}, ["bass"], audio=audio, settings=settings)
-    parts = split(model, audio, settings=settings)
-    for found in (take, filled, parts):
-        assert all(np.isfinite(a.samples).all() and a.samples.any() for a in found.stems.values())
-    total = sum(a.samples.astype(np.float64) for a in parts.stems.values())
-    assert np.abs(total - audio.samples).max() < 1e-5
+def test_bundle_says_how_near_its_float16_graphs_are(model: Model) -> None:
+    export = model.manifest.provenance["export"]
+    assert export["weights"] == "float16" and set(export["relative_error"]) == set(networks())
+    assert all(0 < error <= 2e-2 for error in export["relative_error"].values())
 
 
-def test_the_shipped_tokenizer_drops_unknown_words(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
-    out, manifest, towers = bundle
-    model = Model.open(out, "cpu", 1)
-    nothing = model.embed_text("xyzzy")
-    assert np.allclose(nothing, [manifest.film_uncond], atol=1e-5)
-    known = model.embed_text("Slow piano")
-    assert np.array_equal(known, model.embed_text("slow, plugh piano!"))
-    assert np.abs(known - nothing).max() > 0.01
-    expected = towers.text(*encode(make_tokenizer([song(0)]), ["slow piano"])).numpy()
-    assert np.allclose(known, expected, atol=1e-5)
+def test_every_condition_reaches_the_prediction(model: Model) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 4, CHANNELS, 12, 1), np.float32)
+    plain = model.predict(x, 400, {})
+    mask = {"context": "context_mask", "mixture_stems": "mixture_mask"}
+    for name, shape in (
+        ("film", (1, FILM)),
+        ("context", x.shape),
+        ("context_mask", (1, 4, 12)),
+        ("mixture", (1, CHANNELS, 12, 1)),
+        ("mixture_mask", (1, 12)),
+        ("mixture_stems", (1, 4)),
+        ("grid", (1, 12, 6)),
+        ("chords", (1, 12, 25)),
+    ):
+        known = {name: np.abs(rng.standard_normal(shape, np.float32))}
+        if name in mask:
+            known[mask[name]] = np.ones((1, 4, 12) if name == "context" else (1, 12), np.float32)
+        assert relative_error(model.predict(x, 400, known), plain) > 1e-3, name
 
 
-@pytest.mark.parametrize("n_fft", [4, 64, 1024])
-def test_inverse_fft_is_torchs(n_fft: int) -> None:
-    torch.manual_seed(0)
-    spectrum = torch.randn(2, 3, n_fft // 2 + 1, dtype=torch.complex64)
-    expected = torch.fft.irfft(spectrum, n_fft)
-    assert torch.allclose(InverseFFT(n_fft)(spectrum.real, spectrum.imag), expected, atol=1e-6)
+def test_encoding_takes_torchs_mean(model: Model) -> None:
+    mel = np.random.default_rng(0).standard_normal((2, WINDOW * FRAMES, MELS), np.float32) - 5
+    with torch.no_grad():
+        moments = networks()["vae_encoder"].eval()(torch.from_numpy(mel)[:, None])
+    assert relative_error(model.encode(mel), moments[:, :CHANNELS].numpy() * 0.5) <= 2e-2
 
 
-def test_inverse_fft_needs_a_square() -> None:
-    with pytest.raises(ValueError, match="square"):
-        InverseFFT(512)
-
-
-def test_tables_are_no_weights() -> None:
-    names = set(Vocos(VOCOS).state_dict())
-    assert not any("inverse" in name or "window" in name for name in names)
-
-
-@pytest.mark.parametrize(("frames", "split"), [(7, 2), (8, 1), (1, 4)])
-def test_the_vocoder_writes_its_hop_per_mel_frame(frames: int, split: int) -> None:
-    config = VocosConfig(mels=MELS, width=8, blocks=1, n_fft=64, split=split)
-    audio = random(Vocos(config))(torch.randn(2, MELS, frames))
-    assert audio.shape == (2, 1, frames * split * 16)
-    assert torch.isfinite(audio).all()
-    loud = random(Vocos(config))(torch.full((1, MELS, frames), 200.0))
-    assert torch.isfinite(loud).all(), "magnitudes are bounded"
-
-
-def test_overlapping_frames_of_a_signal_give_it_back() -> None:
-    hop, n_fft = 16, 64
-    signal = torch.randn(1, 40 * hop)
-    # frame i is centred on sample (i + 1) hop
-    padded = nn.functional.pad(signal, (hop, 2 * hop))
-    frames = padded.unfold(1, n_fft, hop)
-    vocoder = Vocos(VOCOS)
-    audio = vocoder._overlap(frames * vocoder.window)
-    assert audio.shape == (1, 1, 40 * hop)
-    assert torch.allclose(audio[0, 0, 2 * hop : -3 * hop], signal[0, 2 * hop : -3 * hop], atol=1e-5)
-
-
-def test_the_vae_keeps_its_shapes_and_floor() -> None:
-    vae = random(PatchVAE(VAE))
-    mel = torch.randn(3, 1, 4 * 9, MELS) * 5
-    mean, log_variance = vae.moments(mel)
-    assert mean.shape == log_variance.shape == (3, CHANNELS, 9, 1)
-    assert log_variance.min() >= -12 and log_variance.max() <= 4
-    decoded = vae.decoder(mean)
-    assert decoded.shape == mel.shape and decoded.min() >= np.log(VAE.floor)
-    quiet = vae.decoder(torch.full((1, CHANNELS, 5, 1), -1e4))
-    assert torch.isfinite(quiet).all()
-
-
-def test_the_vae_starts_half_whitened() -> None:
-    torch.manual_seed(0)
-    vae = PatchVAE(VAE)
-    patches = torch.randn(4000, 64) @ torch.randn(64, 64) + 3
-    vae.set_principal_components(patches)
-    latents = vae.encoder.linear((patches - np.log(VAE.floor)) / VAE.scale)
-    assert torch.allclose(latents.mean(0), torch.zeros(CHANNELS), atol=1e-2)
-    # in units of the divided log mel: deviations are square roots of the components' own
-    values = torch.linalg.eigvalsh(torch.cov((patches / VAE.scale).T))[-CHANNELS:].flip(0)
-    assert torch.allclose(latents.std(0), values**0.25, rtol=1e-2)
-    covariance = torch.cov(latents.T)
-    assert (covariance - covariance.diag().diag()).abs().max() < 1e-2
-
-
-@pytest.mark.parametrize("length", [1, 2, 15, 16])
-def test_the_unet_takes_any_length(length: int) -> None:
-    inputs = unet_inputs(2, length)
-    assert random(StemUNet(UNET))(**inputs).shape == inputs["latents"].shape
-
-
-def test_the_unet_hears_every_input() -> None:
-    unet, inputs = random(StemUNet(UNET)), unet_inputs(2, 12)
-    before = unet(**inputs)
-    for name in inputs:
-        changed = inputs | {name: inputs[name] + 1}
-        assert (unet(**changed) - before).abs().max() > 1e-4, name
-
-
-def test_stems_of_a_mixture_that_is_not_there_say_nothing() -> None:
-    unet, inputs = random(StemUNet(UNET)), unet_inputs(1, 12)
-    inputs["mixture"], inputs["mixture_mask"] = torch.zeros(1, CHANNELS, 12, 1), torch.zeros(1, 12)
-    without = unet(**(inputs | {"mixture_stems": torch.zeros(1, 4)}))
-    assert torch.equal(unet(**inputs), without)
-
-
-def test_a_new_unet_predicts_nothing_and_attention_starts_as_the_identity() -> None:
-    torch.manual_seed(0)
-    unet, inputs = StemUNet(UNET), unet_inputs(1, 12)
-    assert not unet(**inputs).any()
-    x, cond = torch.randn(1, 6, UNET.inner), torch.randn(1, UNET.cond)
-    assert torch.equal(unet.layers[0](x, cond, *unet._rotation(x)), x)
-    block = ConvBlock(8, 2.0, cond=16)
-    y = torch.randn(1, 5, 8)
-    assert torch.equal(block(y, cond), y)
-
-
-def test_attention_depends_on_distances_only() -> None:
-    unet = random(StemUNet(UNET))
-    layer = unet.layers[0]
-    x, cond = torch.randn(1, 6, UNET.inner), torch.zeros(1, UNET.cond)
-    cos, sin = unet._rotation(torch.zeros(1, 40, UNET.inner))
-    near, far = (layer(x, cond, cos[s : s + 6], sin[s : s + 6]) for s in (0, 30))
-    assert torch.allclose(near, far, atol=1e-5)
-    assert not torch.allclose(layer(x.flip(1), cond, cos[:6], sin[:6]).flip(1), near, atol=1e-4)
-
-
-def test_timestep_embedding_by_hand() -> None:
-    found = timestep_embedding(torch.tensor([0, 7]), 4)
-    assert torch.equal(found[0], torch.tensor([1.0, 1.0, 0.0, 0.0]))
-    expected = [np.cos(7), np.cos(0.07), np.sin(7), np.sin(0.07)]
-    assert torch.allclose(found[1], torch.tensor(expected).float(), atol=1e-6)
-
-
-def test_towers_end_on_the_sphere_and_do_not_hear_padding() -> None:
-    towers = random(CaptionTowers(towers_config(50)))
-    ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    text = towers.text(ids, mask)
-    assert torch.allclose(text.norm(dim=1), torch.ones(2))
-    assert torch.allclose(text[:1], towers.text(ids[:1, :3], mask[:1, :3]), atol=1e-6)
-    other = ids.clone()
-    other[0, 3:] = 20
-    assert torch.equal(towers.text(other, mask), text)
-    empty = [towers.text(torch.tensor([[i]]), torch.tensor([[0]])) for i in (0, 3)]
-    assert torch.equal(*empty) and torch.isfinite(empty[0]).all()
-    audio = towers.audio(torch.randn(2, 1, 50, MELS))
-    assert torch.allclose(audio.norm(dim=1), torch.ones(2))
-
-
-def test_the_default_family_fits_in_the_repository() -> None:
-    with torch.device("meta"):
-        networks = [StemUNet(StemUNetConfig()), PatchVAE(PatchVAEConfig()), Vocos(VocosConfig())]
-        networks.append(CaptionTowers(CaptionTowersConfig()))
-    weights = sum(p.numel() for network in networks for p in network.parameters())
-    assert 2 * weights < 40e6  # bytes in float16
+def test_every_task(model: Model) -> None:
+    settings = Settings(seed=1, steps=2)
+    rng = np.random.default_rng(0)
+    stems = model.manifest.stems
+    sources = {name: Audio(0.1 * rng.standard_normal((1, 20000), np.float32), 16000) for name in stems}
+    takes = [
+        generate(model, seconds=1.0, settings=settings, **options)  # type: ignore[arg-type]
+        for options in (
+            {},
+            {"text": "warm piano"},
+            {"audio": sources["bass"]},
+            {"bpm": 120},
+            {"bpm": 120, "chords": "C | Am"},
+        )
+    ]
+    sounds = [np.concatenate([audio.samples for audio in take.stems.values()]) for take in takes]
+    assert all(np.isfinite(sound).all() and np.any(sound) for sound in sounds)
+    assert all(relative_error(sound, sounds[0]) > 1e-4 for sound in sounds[1:])
+    armed = fill(model, {name: sources[name] for name in stems[:3]}, ["piano"], settings=settings)
+    assert armed.stems["piano"].samples.shape == (1, 20000)
+    mix = Audio(np.sum([audio.samples for audio in sources.values()], axis=0), 16000)
+    for method in ("mask", "dirac", "gaussian"):
+        parts = split(model, mix, method=method, settings=settings)
+        total = np.sum([audio.samples for audio in parts.stems.values()], axis=0)
+        assert relative_error(total, mix.samples) < 1e-5
