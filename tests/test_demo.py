@@ -105,3 +105,15 @@ def test_long_and_short_audio_share_one_time_axis() -> None:
     half = Audio(np.zeros((1, 300 * 8000), np.float32), 8000)
     assert _power(long, 600)[0].shape[0] == pytest.approx(COLUMNS, abs=2)
     assert _power(half, 600)[0].shape[0] == pytest.approx(COLUMNS / 2, abs=2)
+
+
+def test_the_shipped_model_plays_the_shipped_song(tmp_path: Path, capsys: Capture) -> None:
+    ran = backline(capsys, "demo", "--out", tmp_path / "out", "--seconds", 3, "--json")
+    assert ran.status == 0, ran
+    for job in ran.json["jobs"].values():
+        for name in STEMS:
+            if name in job["files"]:
+                sound = samples(Path(job["files"][name]))
+                assert np.isfinite(sound).all() and np.sqrt(np.mean(sound**2)) > 1e-5
+    take = json.loads((tmp_path / "out" / "band" / "take.json").read_text())
+    assert take["request"]["text"] and take["model"]["name"] == "backline-default"
