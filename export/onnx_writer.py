@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engine.errors import BacklineError
 
 OPSET = 20
-INLINE_LIMIT = 1_900_000_000  # bytes of weights; protobuf cannot hold more than 2 GB in one message
+INLINE_LIMIT = 500_000_000  # bytes of weights; past 2 GB one protobuf message cannot hold them
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 _EXTERNAL_ALIGNMENT = 4096  # lets onnxruntime map the weights instead of reading them
 
@@ -69,8 +69,9 @@ def write_graph(
     `sizes` gives values for every dynamic axis of the inputs, two different sets or more: the module is
     traced at the first and compared at each, max|onnx - torch| / max|torch| per output. `half` stores
     matrices and kernels in float16 with a cast to float32 in the graph, which onnxruntime folds away when it
-    loads. `external` puts the weights in `path`.data; None: only when they pass 1.9 GB. `outputs` gives the
-    shape of each output; its dynamic axes may have names that no input has.
+    loads. `external` puts the weights in one file `path`.data; None: when they pass 0.5 GB, because
+    onnxruntime maps such a file and copies a large message several times. `outputs` gives the shape of each
+    output; its dynamic axes may have names that no input has.
 
     Raises ExportMismatch past `tolerance` (default 1e-4, with `half` 2e-2) or when an output's shape is not
     the declared one, and ValueError for sizes that cannot prove the dynamic axes. The file is removed then.
