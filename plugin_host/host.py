@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,29 @@ class Span:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Tempo and metre of a span: beats per minute, beats in a bar, the second of the span a bar begins at."""
+
+    bpm: float
+    beats_per_bar: int
+    first_beat: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A wav that is to lie on a track as a region from sample `position` on.
+
+    track_id: None puts it on a new track called `name`, with this role. name: also the region's.
+    """
+
+    wav: Path
+    position: int
+    name: str
+    track_id: str | None = None
+    role: str | None = None
+
+
 class TrackHost(Protocol):
     """What Backline asks of a host. A host raises BacklineError for what it cannot do."""
 
@@ -56,6 +79,13 @@ class TrackHost(Protocol):
     def length(self) -> int:
         """Samples from 0 to the end of the last region."""
 
+    @property
+    def selection(self) -> Span | None:
+        """The time the user has selected; None where there is no selection."""
+
+    def grid(self, span: Span) -> Grid | None:
+        """The tempo grid over `span`; None where it is unknown, or changes within the span."""
+
     def tracks(self) -> list[Track]:
         """Every track, in the host's order."""
 
@@ -65,11 +95,29 @@ class TrackHost(Protocol):
     def arm(self, track_id: str, armed: bool = True) -> None:
         """Arm or disarm a track."""
 
-    def export(self, track_ids: Iterable[str], span: Span | None = None) -> dict[str, Path]:
-        """Track id -> a float32 wav of it over `span` (None: everything), at the session's rate."""
+    def export(
+        self, track_ids: Iterable[str], span: Span | None = None, *, sounding: bool = True
+    ) -> dict[str, Path]:
+        """Track id -> a float32 wav of it over `span` (None: everything), at the session's rate.
+
+        sounding: as it is heard in the mix, after plugins, gain and pan; else what lies on the track.
+        """
 
     def place(self, track_id: str, wav: Path, position: int) -> None:
         """Put a wav on a track as a region from sample `position` on; what lay there stays in the session."""
+
+    def place_all(
+        self,
+        label: str,
+        placements: Sequence[Placement],
+        *,
+        disarm: Iterable[str] = (),
+        mute: Iterable[str] = (),
+    ) -> list[str]:
+        """All placements as one step that the host's undo takes back at once; returns their track ids.
+
+        label: what the step is called. disarm, mute: tracks that are disarmed and muted in the same step.
+        """
 
 
 def audible(tracks: Iterable[Track]) -> list[Track]:

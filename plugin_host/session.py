@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.audio import Audio, read, write
 from engine.errors import BacklineError, UsageError
-from plugin_host.host import Span, Track
+from plugin_host.host import Grid, Placement, Span, Track
 
 VERSION = 1
 SESSION = "session.json"
@@ -119,6 +119,15 @@ class SessionHost:
         regions = [region for track in self.state.tracks for region in track.regions]
         return max((region.position + region.length for region in regions), default=0)
 
+    @property
+    def selection(self) -> Span | None:
+        return None
+
+    def grid(self, span: Span) -> Grid | None:
+        beat = 60 / self.tempo
+        bar = 4 * beat
+        return Grid(self.tempo, 4, -(span.start / self.sample_rate) % bar)
+
     def tracks(self) -> list[Track]:
         return [Track(**track.model_dump(exclude={"regions"})) for track in self.state.tracks]
 
@@ -131,7 +140,9 @@ class SessionHost:
     def arm(self, track_id: str, armed: bool = True) -> None:
         self._replace(self._track(track_id).model_copy(update={"armed": armed}))
 
-    def export(self, track_ids: Iterable[str], span: Span | None = None) -> dict[str, Path]:
+    def export(
+        self, track_ids: Iterable[str], span: Span | None = None, *, sounding: bool = True
+    ) -> dict[str, Path]:
         span = span or Span(0, max(1, self.length))
         paths = {}
         for track_id in track_ids:
@@ -150,6 +161,25 @@ class SessionHost:
         write(self.folder / AUDIO / name, audio)
         region = Region(file=name, position=position, length=audio.length)
         self._replace(track.model_copy(update={"regions": (*track.regions, region)}))
+
+    def place_all(
+        self,
+        label: str,
+        placements: Sequence[Placement],
+        *,
+        disarm: Iterable[str] = (),
+        mute: Iterable[str] = (),
+    ) -> list[str]:
+        ids = []
+        for placement in placements:
+            track_id = placement.track_id or self.create_track(placement.name, placement.role).id
+            self.place(track_id, placement.wav, placement.position)
+            ids.append(track_id)
+        for track_id in disarm:
+            self.arm(track_id, False)
+        for track_id in mute:
+            self._replace(self._track(track_id).model_copy(update={"muted": True}))
+        return ids
 
     def _track(self, track_id: str) -> TrackState:
         for track in self.state.tracks:
