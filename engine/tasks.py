@@ -1,4 +1,4 @@
-"""The tasks: generate a band, fill in missing stems, split a mix."""
+"""The tasks: generate a band, fill in missing stems, continue a take, split a mix."""
 
 from __future__ import annotations
 
@@ -161,6 +161,76 @@ def fill(
     return Take(stems, record)
 
 
+def continue_(
+    model: Model,
+    before: Mapping[str, Audio],
+    *,
+    seconds: float,
+    text: str | None = None,
+    audio: Audio | None = None,
+    bpm: float | None = None,
+    chords: str | None = None,
+    beats_per_bar: int = 4,
+    first_beat: float = 0.0,
+    settings: Settings | None = None,
+    callback: Callback | None = None,
+) -> Take:
+    """What the stems of `before` play next: round(seconds * rate) samples each, to follow their last one.
+
+    before: stems at one rate, which the result has too; they end where the longest does. The model hears the last
+    half window of them. first_beat counts from their beginning, and so does a chart of chords. Stems that are
+    not in `before` are generated along and thrown away. The rest as in `generate`.
+    Raises UsageError for unknown stems, none, and unequal rates.
+    """
+    manifest = model.manifest
+    settings = resolve(settings or Settings(), manifest)
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise UsageError(f"The length must be {MIN_SECONDS:g} to {MAX_SECONDS:g} s, not {seconds:g}.")
+    for name, part in before.items():
+        if name not in manifest.stems:
+            raise UsageError(f"There is no stem {name!r}: this model plays {', '.join(manifest.stems)}.")
+        check(part, f"The stem {name}")
+    if not before:
+        raise UsageError("There is nothing to continue: give at least one stem.")
+    rate, length, channels = _common_shape(list(before.values()))
+
+    timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
+    started = time.perf_counter()
+    stretch(callback, "listen", 0.0, 0.05)(0.0)
+    frame = manifest.mel.hop * manifest.latent.frames / manifest.mel.sample_rate  # seconds
+    heard = max(1, min(manifest.window_frames // 2, int(length / rate / frame)))
+    signals = {
+        name: model_signal(Audio(fit(part.samples, length), rate), manifest) for name, part in before.items()
+    }
+    gain = _context_gain(manifest, signals, None)
+    beginning = length / rate - heard * frame  # of the timeline, in seconds of `before`
+    told = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat - beginning)
+    known = _ending_latents(model, signals, heard, gain)
+    started = clock(timings, "listen", started)
+
+    latents = sample_timeline(
+        model,
+        timeline_frames(manifest, heard * frame + seconds),
+        settings,
+        known=known,
+        conditions=told,
+        report=stretch(callback, "sample", 0.05, 0.8),
+    )
+    started = clock(timings, "sample", started)
+    wanted = [name for name in manifest.stems if name in before]
+    rendered = _render(model, latents[[manifest.stems.index(name) for name in wanted]], callback)
+    rendered = rendered[:, heard * manifest.latent.frames * manifest.vocoder.hop :] / np.float32(gain)
+    size = round(seconds * rate)
+    at_rate = fit(resample(Audio(rendered, manifest.vocoder.sample_rate), rate).samples, size)
+    stems = {
+        name: Audio(np.broadcast_to(at_rate[i], (channels, size)), rate) for i, name in enumerate(wanted)
+    }
+    clock(timings, "render", started)
+    request = _request(text, audio, bpm, chords, beats_per_bar, first_beat)
+    request |= {"before": wanted, "before_seconds": length / rate, "seconds": seconds}
+    return Take(stems, make_record("continue", model, settings, request) | {"timings": timings})
+
+
 def _told(
     model: Model,
     text: str | None,
@@ -220,6 +290,27 @@ def _context_latents(
         mels = [window_mel(signal, manifest, start, frames, gain) for signal in sources.values()]
         latents[rows] = model.encode(np.stack(mels))
         mask[rows] = 1
+        return latents, mask
+
+    return known
+
+
+def _ending_latents(model: Model, signals: Mapping[str, FloatArray], heard: int, gain: float) -> Known:
+    """Latents and mask of a timeline that begins with the last `heard` latent frames of the signals."""
+    manifest = model.manifest
+    blank = nothing_known(model)
+    rows = [manifest.stems.index(name) for name in signals]
+    # A whole window that ends where the signals do: the encoder of some bundles takes nothing shorter.
+    size = manifest.window_frames * manifest.mel.hop * manifest.latent.frames
+    ends = [np.pad(signal[-size:], (max(0, size - len(signal)), 0)) for signal in signals.values()]
+    mels = [window_mel(end, manifest, 0, manifest.window_frames, gain) for end in ends]
+    ending = model.encode(np.stack(mels))[:, :, manifest.window_frames - heard :]
+
+    def known(start: int, frames: int) -> tuple[FloatArray, FloatArray]:
+        latents, mask = blank(start, frames)
+        inside = ending[:, :, start : start + frames]
+        latents[rows, :, : inside.shape[2]] = inside
+        mask[rows, : inside.shape[2]] = 1
         return latents, mask
 
     return known
