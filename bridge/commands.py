@@ -16,6 +16,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
 from bridge.models import describe, find_bundle, list_bundles, models_folder
+from bridge.serve_commands import serve
 from engine.errors import BacklineError
 from engine.model import Device, Model
 from engine.separation import Method
@@ -300,6 +301,9 @@ def doctor(model: ModelName = None, device: DeviceName = "auto", json_output: Js
     if broken:
         say("Backline will not work as it is: see the problems it lists.")
         raise typer.Exit(1)
+
+
+app.command()(serve)
 
 
 def _open(model: str | None, device: Device) -> Model:

@@ -1,0 +1,378 @@
+"""A client of the daemon: requests that can be awaited, over TCP or UDP.
+
+    async with connect() as backline:
+        job = await backline.fill("my-song", "piano", bpm=120)
+        async for phase, fraction in job.progress():
+            print(phase, fraction)
+        result = await job.result()
+        print(result.takes[0].files["piano"])
+
+A request that is not answered is sent again; the daemon starts no job twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from bridge.osc import Framing, Malformed, Message, Value, read_packet, write_message
+from bridge.protocol import PORT, named
+from engine.errors import BacklineError
+
+RESEND = 0.5  # seconds
+RESENDS = 10
+PATIENCE = 6.0  # seconds without a word of a job before its state is asked for
+NUMBERS = {int: "i", float: "f", bool: "i"}
+
+
+class DaemonError(BacklineError):
+    """What the daemon refused, or why a job failed; `code` is one of bridge.protocol.ERRORS."""
+
+    def __init__(self, code: str, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+
+class JobCancelled(DaemonError):
+    """The job was cancelled."""
+
+
+@dataclass(frozen=True)
+class MadeTake:
+    """One take: its folder, and its wavs by stem."""
+
+    number: int
+    folder: Path
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job left. seconds: how long the engine worked. note: what went otherwise, or empty."""
+
+    id: str
+    folder: Path
+    takes: list[MadeTake]
+    seconds: float
+    provider: str
+    note: str
+
+
+@dataclass(eq=False)
+class ClientJob:
+    """A job that the daemon accepted. state, phase, fraction: as last heard."""
+
+    id: str
+    client: Client
+    state: str = "queued"
+    phase: str = ""
+    fraction: float = 0.0
+    staged: Path | None = None
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    takes: dict[int, MadeTake] = field(default_factory=dict)
+    ending: asyncio.Future[JobResult] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    async def result(self, *, keep: bool = False) -> JobResult:
+        """Waits for the end. Raises DaemonError where the job failed and JobCancelled where it was cancelled.
+
+        The daemon may remove the files some time after this, unless `keep`: then `fetched()` says when.
+        """
+        try:
+            while not self.ending.done():
+                self.heard.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.heard.wait(), PATIENCE)
+                    continue
+                await self.client.status(self.id)  # a lost end, or a daemon that is gone: the latter raises
+            result = await self.ending
+        finally:
+            if self.ending.done():
+                self.client.forget(self)
+        if not keep:
+            await self.fetched()
+        return result
+
+    async def progress(self) -> AsyncIterator[tuple[str, float]]:
+        """(phase, fraction) as it goes on, until the job ends in whatever way."""
+        while not self.ending.done():
+            self.heard.clear()
+            try:
+                await asyncio.wait_for(self.heard.wait(), PATIENCE)
+            except TimeoutError:
+                await self.client.status(self.id)
+                continue
+            yield self.phase, self.fraction
+
+    async def cancel(self) -> None:
+        """Asks for the end; `result` raises JobCancelled when it has come."""
+        await self.client.request("/backline/job/cancel", self.id, answer="/backline/job/state")
+
+    async def fetched(self) -> None:
+        """Tells the daemon that the results are taken, so that it may remove them one day."""
+        await self.client.request("/backline/job/fetched", self.id, answer="/backline/job/state")
+
+
+class Client:
+    """A connection to a daemon; made by `connect`. welcome: what the daemon said of itself."""
+
+    def __init__(self, name: str, token: str | None):
+        self.name, self.token = name, token
+        self.welcome: dict[str, Any] = {}
+        self.jobs: dict[str, ClientJob] = {}
+        self.events: asyncio.Queue[Message] = asyncio.Queue(1000)
+        self.closed: BacklineError | None = None
+        self._waiting: list[tuple[str, str, asyncio.Future[dict[str, Any]]]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._send: Any = None
+
+    async def generate(self, seconds: float, *, id: str | None = None, **options: Value) -> ClientJob:
+        """A whole band; options as in docs/osc.md, such as text="slow jazz", takes=4."""
+        return await self._job("generate", id, [float(seconds)], options)
+
+    async def fill(
+        self,
+        context: str | Path | Mapping[str, str | Path],
+        armed: str,
+        *,
+        id: str | None = None,
+        **options: Value,
+    ) -> ClientJob:
+        """The armed stems ("piano,guitar"), to go with a folder of stems or with files by stem."""
+        if isinstance(context, str | Path):
+            return await self._job("fill", id, [str(context), armed], options)
+        files = {f"stem:{name}": str(path) for name, path in context.items()}
+        return await self._job("fill", id, ["", armed], files | options)
+
+    async def split(self, mix: str | Path, *, id: str | None = None, **options: Value) -> ClientJob:
+        """One wav per stem of the file `mix`."""
+        return await self._job("split", id, [str(mix)], options)
+
+    async def continue_(
+        self, source: str | Path, seconds: float, *, id: str | None = None, **options: Value
+    ) -> ClientJob:
+        """What a folder of stems, a take's folder or a file plays next."""
+        return await self._job("continue", id, [str(source), float(seconds)], options)
+
+    async def status(self, job_id: str) -> dict[str, Any]:
+        """A job's state by the names of docs/osc.md."""
+        return await self.request("/backline/job/status", job_id, answer="/backline/job/state")
+
+    async def list_jobs(self, offset: int = 0, count: int = 20) -> list[dict[str, Any]]:
+        """Jobs, the newest first."""
+        self._entries = []
+        await self.request("/backline/job/list", offset, count, answer="/backline/job/listed")
+        return list(self._entries)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models there are."""
+        self._entries = []
+        await self.request("/backline/model/list", answer="/backline/model/listed")
+        return list(self._entries)
+
+    async def subscribe(self, topic: str) -> None:
+        """From now on the messages of a topic are in `events`."""
+        await self.request("/backline/subscription/add", topic, answer="/backline/subscription/added")
+
+    async def request(self, address: str, *arguments: Value, answer: str) -> dict[str, Any]:
+        """Sends until the answer comes. Raises DaemonError for an error, BacklineError for silence."""
+        named_id = str(arguments[0]) if arguments and address.startswith("/backline/job/") else ""
+        if address == "/backline/job/list":
+            named_id = ""
+        waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        entry = (answer, named_id, waiting)
+        self._waiting.append(entry)
+        try:
+            for _ in range(RESENDS):
+                if self.closed is not None:
+                    raise self.closed
+                self._send(message_of(address, [*arguments, *self._envelope()]))
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(asyncio.shield(waiting), RESEND)
+        finally:
+            self._waiting.remove(entry)
+        raise BacklineError("The daemon does not answer: is `backline serve` running?")
+
+    def forget(self, job: ClientJob) -> None:
+        """A job has ended: what was copied for it goes."""
+        self.jobs.pop(job.id, None)
+        if job.staged is not None:
+            shutil.rmtree(job.staged, ignore_errors=True)
+
+    def _envelope(self) -> list[Value]:
+        return [] if self.token is None else ["token", self.token]
+
+    async def _job(
+        self, task: str, job_id: str | None, arguments: list[Value], options: Mapping[str, Value]
+    ) -> ClientJob:
+        job = ClientJob(job_id or new_id(task), self)
+        self.jobs[job.id] = job
+        pairs = [word for name, value in options.items() for word in (name, value)]
+        address = f"/backline/job/{task}"
+        try:
+            answer = await self.request(address, job.id, *arguments, *pairs, answer="/backline/job/accepted")
+        except BaseException:
+            self.forget(job)
+            raise
+        if answer["state"] not in ("done", "cancelled", "error"):
+            job.state = answer["state"]
+        return job
+
+    def hear(self, packet: bytes) -> None:
+        """A packet of the daemon."""
+        try:
+            messages = read_packet(packet)
+        except Malformed:
+            return
+        for message in messages:
+            self._hear(message)
+
+    def _hear(self, message: Message) -> None:
+        try:
+            values = dict(named(message.address, message.arguments))
+        except KeyError:
+            return  # a newer daemon's word
+        job = self.jobs.get(str(values.get("id", "")))
+        if job is not None:
+            _tell_job(job, message.address, values)
+        if message.address in ("/backline/job/state", "/backline/model/entry"):
+            self._entries.append(values)
+        for answer, job_id, waiting in self._waiting:
+            if waiting.done() or job_id != str(values.get("id", job_id)):
+                continue
+            if message.address == answer:
+                waiting.set_result(values)
+            elif message.address == "/backline/error":
+                waiting.set_exception(DaemonError(values["code"], values["sentence"]))
+        if self.events.full():
+            self.events.get_nowait()
+        self.events.put_nowait(message)
+
+    def lost(self) -> None:
+        """The connection has ended."""
+        self.closed = BacklineError("The connection to the daemon was lost.")
+        for _, _, waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_exception(self.closed)
+        for job in self.jobs.values():
+            if not job.ending.done():
+                job.ending.set_exception(self.closed)
+            job.heard.set()
+
+
+def _tell_job(job: ClientJob, address: str, values: dict[str, Any]) -> None:
+    word = address.rsplit("/", 1)[1]
+    job.heard.set()
+    if address == "/backline/error" or job.ending.done():
+        return
+    if word == "progress":
+        job.state, job.phase, job.fraction = "running", values["phase"], values["fraction"]
+    elif word in ("accepted", "heartbeat", "state"):
+        job.state = values["state"]
+    elif word == "take":
+        more = values["more"]
+        files = {str(stem): Path(str(path)) for stem, path in zip(more[::2], more[1::2], strict=False)}
+        job.takes[values["take"]] = MadeTake(values["take"], Path(values["folder"]), files)
+    elif word == "done":
+        job.state = "done"
+        if values["folder"] and len(job.takes) < values["takes"]:
+            return  # a take's message was lost: the state is asked for, and says it again
+        takes = [job.takes[number] for number in sorted(job.takes)]
+        folder = Path(values["folder"])
+        job.ending.set_result(
+            JobResult(job.id, folder, takes, values["seconds"], values["provider"], values["note"])
+        )
+    elif word == "cancelled":
+        job.state = "cancelled"
+        job.ending.set_exception(JobCancelled("cancelled", f"The job {job.id} was cancelled."))
+    elif word == "error":
+        job.state = "error"
+        job.ending.set_exception(DaemonError(values["code"], values["sentence"]))
+    if job.ending.done():
+        job.ending.exception()  # looked at, so that nobody who does not wait is warned of it
+
+
+@asynccontextmanager
+async def connect(
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    *,
+    name: str | None = None,
+    transport: Literal["tcp", "udp"] = "tcp",
+    token: str | None = None,
+) -> AsyncIterator[Client]:
+    """A connection that has said hello. Raises BacklineError where no daemon answers."""
+    client = Client(name or f"python-{os.getpid()}", token)
+    loop = asyncio.get_running_loop()
+    try:
+        if transport == "tcp":
+            stream, _ = await loop.create_connection(lambda: _Tcp(client), host, port)
+            closing: Any = stream
+        else:
+            family = (await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM))[0][0]
+            closing, _ = await loop.create_datagram_endpoint(
+                lambda: _Udp(client), remote_addr=(host, port), family=family
+            )
+    except OSError as error:
+        raise BacklineError(
+            f"No daemon answers at {host} port {port}: start one with `backline serve`."
+        ) from error
+    try:
+        client.welcome = await client.request("/backline/hello", client.name, answer="/backline/welcome")
+        yield client
+    finally:
+        closing.close()
+
+
+def message_of(address: str, arguments: list[Value]) -> bytes:
+    """A message whose numbers are typed as Python's: int i (h where it needs 64 bits), float f."""
+    tags = ""
+    for value in arguments:
+        tag = "s" if isinstance(value, str) else NUMBERS[type(value)]
+        tags += "h" if tag == "i" and not -(1 << 31) <= int(value) < 1 << 31 else tag
+    plain = [int(value) if isinstance(value, bool) else value for value in arguments]
+    return write_message(address, tags, plain)
+
+
+def new_id(task: str) -> str:
+    """An id that nobody else has."""
+    return f"{task}-{secrets.token_hex(6)}"
+
+
+class _Tcp(asyncio.Protocol):
+    def __init__(self, client: Client):
+        self.client = client
+        self.framing = Framing()
+        self.framing.slip = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.client._send = lambda packet: transport.write(self.framing.frame(packet))
+
+    def data_received(self, data: bytes) -> None:
+        for packet in self.framing.feed(data):
+            self.client.hear(packet)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.client.lost()
+
+
+class _Udp(asyncio.DatagramProtocol):
+    def __init__(self, client: Client):
+        self.client = client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.client._send = cast(asyncio.DatagramTransport, transport).sendto
+
+    def datagram_received(self, data: bytes, address: tuple[Any, ...]) -> None:
+        self.client.hear(data)
