@@ -66,8 +66,11 @@ def empty(*shape: int) -> NDArray[np.float32]:
         raise _unwritable(Path(tempfile.gettempdir()), error) from error
 
 
-def check(audio: Audio, name: str) -> Audio:
-    """The audio itself, if a task can use it. Raises BacklineError, a sentence that begins with `name`."""
+def check(audio: Audio, name: str, shortest: float = MIN_SECONDS) -> Audio:
+    """The audio itself, if a task can use it. Raises BacklineError, a sentence that begins with `name`.
+
+    shortest: seconds that it must last.
+    """
     samples, rate = audio.samples, audio.sample_rate
     if samples.ndim != 2:
         raise BacklineError(f"{name} must be (channels, samples), not of shape {samples.shape}.")
@@ -77,8 +80,9 @@ def check(audio: Audio, name: str) -> Audio:
         raise BacklineError(f"{name} is sampled at {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz are supported.")
     if samples.shape[1] == 0:
         raise BacklineError(f"{name} is empty: it holds no samples.")
-    if samples.shape[1] < MIN_SECONDS * rate:
-        raise BacklineError(f"{name} is only {samples.shape[1] / rate:.2f} s long; at least 1 s is needed.")
+    if samples.shape[1] < shortest * rate:
+        have, need = f"{samples.shape[1] / rate:.2f}", f"{shortest:g}"
+        raise BacklineError(f"{name} is only {have} s long; at least {need} s is needed.")
     for block in _blocks(samples):
         if not np.isfinite(block).all():
             raise BacklineError(f"{name} holds NaN or infinite samples.")
@@ -104,11 +108,11 @@ def mono(audio: Audio) -> NDArray[np.float32]:
     return mean if kept >= 1e-4 * power else audio.samples[0]
 
 
-def read(path: str | Path) -> Audio:
+def read(path: str | Path, shortest: float = MIN_SECONDS) -> Audio:
     """Any file libsndfile reads (wav, flac, aiff, ogg, mp3; 8 bit to float64) as float32.
 
-    Raises BacklineError for a missing or unreadable file, no audio, no samples, less than 1 s, NaN or
-    infinite samples, a rate outside 8 to 192 kHz, or more than 8 channels.
+    Raises BacklineError for a missing or unreadable file, no audio, no samples, less than `shortest`
+    seconds, NaN or infinite samples, a rate outside 8 to 192 kHz, or more than 8 channels.
     """
     path = Path(path)
     if not path.exists():
@@ -128,7 +132,7 @@ def read(path: str | Path) -> Audio:
             rate = int(file.samplerate)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
         raise BacklineError(f"{path} is not an audio file that can be read.") from error
-    return check(Audio(samples, rate), str(path))
+    return check(Audio(samples, rate), str(path), shortest)
 
 
 def write(path: str | Path, audio: Audio) -> None:

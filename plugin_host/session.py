@@ -1,110 +1,96 @@
 """The built-in track host: a folder with session.json and wavs, for work without a DAW.
 
-    my-song/
-        session.json        the tracks and what lies on them (schema below)
-        audio/              one wav per placed region, never changed once written
-        exports/            the latest export of each track
-
-Every change is saved before the call returns; session.json is replaced in one step, so a crash leaves the
-state before or after the change and never something between.
+Every change is one step: saved before the call returns, taken back by `undo`. Changes are made to what is on
+the disk at that moment, under a lock, so two processes may work on one session. The schema and how a step
+is saved are in plugin_host.session_file.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import soundfile
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from engine.audio import Audio, read, write
+from engine.audio import Audio, empty, read, write
 from engine.errors import BacklineError, UsageError
 from plugin_host.host import Grid, Placement, Span, Track
+from plugin_host.plugins import Bypassed, run_chain
+from plugin_host.roles import guess_role
+from plugin_host.session_file import (
+    AUDIO,
+    PLUGINS,
+    SESSION,
+    PluginState,
+    Region,
+    SessionFile,
+    SessionState,
+    Take,
+    TempoPoint,
+    TrackState,
+    locked,
+    read_session,
+    step_back,
+    step_forward,
+    write_first,
+    write_step,
+)
 
-VERSION = 1
-SESSION = "session.json"
-AUDIO = "audio"
-EXPORTS = "exports"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Region(_Part):
-    """A whole wav of `audio/` from sample `position` on. Of two that overlap, the later placed one sounds."""
-
-    file: str
-    position: int = Field(ge=0)
-    length: int = Field(gt=0, description="samples")
-
-
-class TrackState(_Part):
-    """One track of session.json."""
-
-    id: str
-    name: str
-    role: str | None = None
-    armed: bool = False
-    muted: bool = False
-    soloed: bool = False
-    regions: tuple[Region, ...] = ()
-
-
-class SessionState(_Part):
-    """session.json."""
-
-    version: int = VERSION
-    sample_rate: int = Field(ge=8000, le=192000, description="Hz")
-    tempo: float = Field(gt=0, description="beats per minute")
-    tracks: tuple[TrackState, ...] = ()
+FloatArray = NDArray[np.float32]
+Warn = Callable[[str], None]
+UNITY_DB = 0.0
 
 
 class SessionHost:
-    """plugin_host.host.TrackHost on a session folder."""
+    """plugin_host.host.TrackHost on a session folder. warn: told in sentences what had to be left out."""
 
-    def __init__(self, folder: Path, state: SessionState) -> None:
+    def __init__(self, folder: Path, file: SessionFile, warn: Warn | None = None) -> None:
         self.folder = folder
-        self.state = state
+        self.file = file
+        self.warn: Warn = warn or (lambda sentence: None)
+        self.plugin_seconds: float | None = None  # None: plugin_host.plugins decides how long one may take
+        self._exports = tempfile.TemporaryDirectory(prefix="backline-session-", ignore_cleanup_errors=True)
 
     @classmethod
-    def create(cls, folder: str | Path, *, sample_rate: int, tempo: float) -> Self:
-        """A new, empty session. Raises BacklineError where `folder` holds one or cannot be written."""
+    def create(
+        cls,
+        folder: str | Path,
+        *,
+        sample_rate: int,
+        tempo: float,
+        numerator: int = 4,
+        denominator: int = 4,
+        first_bar: int = 0,
+    ) -> Self:
+        """A new, empty session; a bar begins at sample `first_bar`.
+
+        Raises BacklineError where `folder` holds one or cannot be written.
+        """
         folder = Path(folder)
         if (folder / SESSION).exists():
             raise BacklineError(f"{folder} holds a session already.")
+        point = TempoPoint(position=first_bar, bpm=tempo, numerator=numerator, denominator=denominator)
         try:
-            for part in (AUDIO, EXPORTS):
-                (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / AUDIO).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BacklineError(f"{folder} cannot be written: {error.strerror}.") from error
-        session = cls(folder, SessionState(sample_rate=sample_rate, tempo=tempo))
-        session._save(session.state)
-        return session
+        state = SessionState(sample_rate=sample_rate, tempo_map=(point,))
+        return cls(folder, write_first(folder, state))
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path, warn: Warn | None = None) -> Self:
         """The session in `folder`. Raises BacklineError where there is none, or one that cannot be read."""
-        path = Path(folder) / SESSION
-        try:
-            values = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise BacklineError(f"{folder} holds no session: it has no {SESSION}.") from None
-        except (OSError, ValueError) as error:
-            raise BacklineError(f"{path} cannot be read as JSON.") from error
-        version = values.get("version", VERSION) if isinstance(values, dict) else None
-        if isinstance(version, int) and version > VERSION:
-            raise BacklineError(f"{path} has version {version}, newer than this Backline reads ({VERSION}).")
-        try:
-            return cls(Path(folder), SessionState.model_validate(values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BacklineError(f"{path} is not a valid session: {where}: {first['msg']}.") from error
+        return cls(Path(folder), read_session(Path(folder)), warn)
+
+    @property
+    def state(self) -> SessionState:
+        return self.file.session
 
     @property
     def sample_rate(self) -> int:
@@ -112,33 +98,115 @@ class SessionHost:
 
     @property
     def tempo(self) -> float:
-        return self.state.tempo
+        return self.state.tempo_map[0].bpm
 
     @property
     def length(self) -> int:
-        regions = [region for track in self.state.tracks for region in track.regions]
-        return max((region.position + region.length for region in regions), default=0)
+        return self.state.length
 
     @property
     def selection(self) -> Span | None:
         return None
 
     def grid(self, span: Span) -> Grid | None:
-        beat = 60 / self.tempo
-        bar = 4 * beat
-        return Grid(self.tempo, 4, -(span.start / self.sample_rate) % bar)
+        points = self.state.tempo_map
+        if any(span.start < point.position < span.end for point in points[1:]):
+            return None
+        before = [point for point in points if point.position <= span.start]
+        point = before[-1] if before else points[0]
+        bpm = point.bpm * point.denominator / 4  # of the metre's own beats
+        bar = point.numerator * 60 / bpm
+        return Grid(bpm, point.numerator, (point.position - span.start) / self.sample_rate % bar)
 
     def tracks(self) -> list[Track]:
-        return [Track(**track.model_dump(exclude={"regions"})) for track in self.state.tracks]
+        return [
+            Track(track.id, track.name, track.role, track.armed, track.muted, track.soloed)
+            for track in self.state.tracks
+        ]
 
     def create_track(self, name: str, role: str | None = None) -> Track:
-        used = {int(track.id) for track in self.state.tracks}
-        track = TrackState(id=str(max(used, default=0) + 1), name=name, role=role)
-        self._save(self.state.model_copy(update={"tracks": (*self.state.tracks, track)}))
-        return Track(id=track.id, name=name, role=role)
+        def change(state: SessionState) -> SessionState:
+            return _with_new_track(state, name, role)
+
+        self._step(f"add {name}", change)
+        return self.tracks()[-1]
 
     def arm(self, track_id: str, armed: bool = True) -> None:
-        self._replace(self._track(track_id).model_copy(update={"armed": armed}))
+        self.set_track(track_id, armed=armed)
+
+    def set_track(self, track_id: str, **values: Any) -> None:
+        """Change fields of session_file.TrackState: name, role, muted, soloed, gain_db, pan, plugins, ..."""
+        name = self._track(track_id).name
+        words = " ".join(
+            f"{key} {value}" for key, value in values.items() if key not in ("plugins", "regions")
+        )
+        self._step(f"{name}: {words}".strip(": "), lambda state: _changed(state, track_id, **values))
+
+    def remove_track(self, track_id: str) -> None:
+        """Take a track out of the session; its wavs stay, and undo brings it back."""
+
+        def change(state: SessionState) -> SessionState:
+            _find(state, track_id)
+            return _updated(state, tracks=tuple(track for track in state.tracks if track.id != track_id))
+
+        self._step(f"remove {self._track(track_id).name}", change)
+
+    def set_tempo(self, points: Sequence[TempoPoint]) -> None:
+        """Replace the tempo map. Raises UsageError where it is empty or two points lie at one sample."""
+        ordered = tuple(sorted(points, key=lambda point: point.position))
+        if not ordered or len({point.position for point in ordered}) < len(ordered):
+            raise UsageError("A tempo map needs at least one point, and each at its own position.")
+        self._step("tempo", lambda state: _updated(state, tempo_map=ordered))
+
+    def choose_take(self, track_id: str, region: int, take: int) -> None:
+        """Make another take of a region (both counted from 0) sound."""
+
+        def change(state: SessionState) -> SessionState:
+            regions = list(_find(state, track_id).regions)
+            if not 0 <= region < len(regions) or not 0 <= take < len(regions[region].takes):
+                raise UsageError(f"The track has no region {region + 1} with a take {take + 1}.")
+            regions[region] = regions[region].model_copy(update={"chosen": take})
+            return _changed(state, track_id, regions=tuple(regions))
+
+        self._step(f"{self._track(track_id).name}: take {take + 1}", change)
+
+    def move_region(self, track_id: str, region: int, position: int) -> None:
+        """Move a region (counted from 0) to another sample."""
+
+        def change(state: SessionState) -> SessionState:
+            regions = list(_find(state, track_id).regions)
+            if not 0 <= region < len(regions):
+                raise UsageError(f"The track has no region {region + 1}.")
+            _check_position(position)
+            regions[region] = regions[region].model_copy(update={"position": position})
+            return _changed(state, track_id, regions=tuple(regions))
+
+        self._step(f"{self._track(track_id).name}: move", change)
+
+    def remove_region(self, track_id: str, region: int) -> None:
+        """Take a region (counted from 0) off its track; its wavs stay, and undo brings it back."""
+
+        def change(state: SessionState) -> SessionState:
+            regions = list(_find(state, track_id).regions)
+            if not 0 <= region < len(regions):
+                raise UsageError(f"The track has no region {region + 1}.")
+            del regions[region]
+            return _changed(state, track_id, regions=tuple(regions))
+
+        self._step(f"{self._track(track_id).name}: remove region", change)
+
+    def undo(self) -> str:
+        """Take the last step back; returns what it was called. Raises BacklineError without one."""
+        with locked(self.folder):
+            now = read_session(self.folder)
+            self.file = step_back(self.folder, now)
+        return now.label
+
+    def redo(self) -> str:
+        """Do the step again that was taken back last; returns what it is called."""
+        with locked(self.folder):
+            self.file = step_forward(self.folder, read_session(self.folder))
+        return self.file.label
 
     def export(
         self, track_ids: Iterable[str], span: Span | None = None, *, sounding: bool = True
@@ -146,21 +214,15 @@ class SessionHost:
         span = span or Span(0, max(1, self.length))
         paths = {}
         for track_id in track_ids:
-            paths[track_id] = self.folder / EXPORTS / f"track-{track_id}.wav"
-            write(paths[track_id], Audio(self._render(self._track(track_id), span), self.sample_rate))
+            track = self._track(track_id)
+            samples = self._sound(track, span) if sounding else self._render(track, span)
+            paths[track_id] = Path(self._exports.name) / f"track-{track_id}.wav"
+            write(paths[track_id], Audio(samples, self.sample_rate))
         return paths
 
     def place(self, track_id: str, wav: Path, position: int) -> None:
-        track = self._track(track_id)
-        audio = read(wav)
-        if audio.sample_rate != self.sample_rate:
-            raise BacklineError(f"{wav} has {audio.sample_rate} Hz, the session {self.sample_rate} Hz.")
-        if position < 0:
-            raise UsageError(f"A region cannot start at sample {position}, before the session does.")
-        name = f"track-{track_id}-take-{len(track.regions) + 1}.wav"
-        write(self.folder / AUDIO / name, audio)
-        region = Region(file=name, position=position, length=audio.length)
-        self._replace(track.model_copy(update={"regions": (*track.regions, region)}))
+        name = self._track(track_id).name
+        self.place_all(f"{name}: place {wav.name}", [Placement(wav, position, wav.stem, track_id)])
 
     def place_all(
         self,
@@ -170,49 +232,191 @@ class SessionHost:
         disarm: Iterable[str] = (),
         mute: Iterable[str] = (),
     ) -> list[str]:
-        ids = []
-        for placement in placements:
-            track_id = placement.track_id or self.create_track(placement.name, placement.role).id
-            self.place(track_id, placement.wav, placement.position)
-            ids.append(track_id)
-        for track_id in disarm:
-            self.arm(track_id, False)
-        for track_id in mute:
-            self._replace(self._track(track_id).model_copy(update={"muted": True}))
+        """A placement over exactly the range of a region there is becomes a take of it, and is chosen."""
+        sounds = [self._readable(placement) for placement in placements]
+        ids: list[str] = []
+
+        def change(state: SessionState) -> SessionState:
+            for placement, sound in zip(placements, sounds, strict=True):
+                track_id = placement.track_id
+                if track_id is None:
+                    state = _with_new_track(state, placement.name, placement.role)
+                    track_id = state.tracks[-1].id
+                track = _find(state, track_id)
+                take = self._write_take(track, placement, sound)
+                state = _changed(state, track_id, regions=_with_take(track, take, placement.position))
+                ids.append(track_id)
+            for track_id in disarm:
+                state = _changed(state, track_id, armed=False)
+            for track_id in mute:
+                state = _changed(state, track_id, muted=True)
+            return state
+
+        self._step(label, change)
         return ids
 
-    def _track(self, track_id: str) -> TrackState:
-        for track in self.state.tracks:
-            if track.id == track_id:
-                return track
-        raise UsageError(f"The session has no track {track_id}.")
+    def preset_folder(self) -> Path:
+        """Where presets of plugins are kept."""
+        folder = self.folder / PLUGINS
+        folder.mkdir(exist_ok=True)
+        return folder
 
-    def _render(self, track: TrackState, span: Span) -> NDArray[np.float32]:
+    def set_plugins(self, track_id: str, plugins: Sequence[PluginState], label: str) -> None:
+        """Replace a track's chain."""
+        self._step(label, lambda state: _changed(state, track_id, plugins=tuple(plugins)))
+
+    def _readable(self, placement: Placement) -> Audio:
+        _check_position(placement.position)
+        sound = read(placement.wav, shortest=0)
+        if sound.sample_rate != self.sample_rate:
+            raise BacklineError(
+                f"{placement.wav} has {sound.sample_rate} Hz, the session {self.sample_rate} Hz."
+            )
+        return sound
+
+    def _write_take(self, track: TrackState, placement: Placement, sound: Audio) -> Take:
+        """Under a name that no wav of the session ever had."""
+        folder = self.folder / AUDIO
+        numbers = [
+            int(found[1]) for path in folder.iterdir() if (found := re.search(r"-(\d+)\.wav$", path.name))
+        ]
+        file = f"{_slug(track.name) or 'track'}-{max(numbers, default=0) + 1:05d}.wav"
+        write(folder / file, sound)
+        return Take(file=file, name=placement.name, length=sound.length)
+
+    def _track(self, track_id: str) -> TrackState:
+        return _find(self.state, track_id)
+
+    def _sound(self, track: TrackState, span: Span) -> FloatArray:
+        """(channels, span.length): as it is heard. Plugins hear the track from its first sample on."""
+        plugins = [plugin for plugin in track.plugins if plugin.enabled]
+        if not plugins:
+            return balanced(self._render(track, span), track.gain_db, track.pan)
+        samples = self._render(track, Span(0, span.end))
+
+        def bypassed(what: Bypassed) -> None:
+            self.warn(f"{what.sentence} It was left out on the track {track.name!r}.")
+
+        samples = run_chain(
+            plugins,
+            Audio(samples, self.sample_rate),
+            presets=self.folder / PLUGINS,
+            seconds=self.plugin_seconds,
+            bypassed=bypassed,
+        ).samples
+        return balanced(samples[:, span.start :], track.gain_db, track.pan)
+
+    def _render(self, track: TrackState, span: Span) -> FloatArray:
         """(channels, span.length): a track's regions, later over earlier; one silent channel without any."""
-        parts = [(region, read(self.folder / AUDIO / region.file).samples) for region in track.regions]
-        channels = max((len(samples) for _, samples in parts), default=1)
-        result = np.zeros((channels, span.length), np.float32)
-        for region, samples in parts:
-            start, end = max(span.start, region.position), min(span.end, region.position + region.length)
+        folder = self.folder / AUDIO
+        channels = max((_channels(folder / region.take.file) for region in track.regions), default=1)
+        result = empty(channels, span.length)
+        for region in track.regions:
+            start, end = max(span.start, region.position), min(span.end, region.end)
             if start < end:
-                source = samples[:, start - region.position : end - region.position]
-                result[:, start - span.start : end - span.start] = source
+                part = _read_part(folder / region.take.file, start - region.position, end - start)
+                heard = result[:, start - span.start : end - span.start]
+                heard[:] = 0  # of a stereo region under a mono one, nothing is to be left
+                heard[: channels if len(part) == 1 else len(part)] = part
         return result
 
-    def _replace(self, changed: TrackState) -> None:
-        tracks = tuple(changed if track.id == changed.id else track for track in self.state.tracks)
-        self._save(self.state.model_copy(update={"tracks": tracks}))
+    def _step(self, label: str, change: Callable[[SessionState], SessionState]) -> None:
+        """Apply a change to the session as it is on the disk, and save it, unless nothing changed."""
+        with locked(self.folder):
+            now = read_session(self.folder)
+            state = change(now.session)
+            self.file = now if state == now.session else write_step(self.folder, now, state, label)
 
-    def _save(self, state: SessionState) -> None:
-        path = self.folder / SESSION
-        temporary = path.with_name(f".{SESSION}.{os.getpid()}.part")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(state.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise BacklineError(f"{path} could not be written: {error.strerror or error}.") from error
-        self.state = state
+
+def balanced(samples: FloatArray, gain_db: float, pan: float) -> FloatArray:
+    """Gain and pan: a balance that leaves the centre as it is, and turns one channel into two off it."""
+    gain = np.float32(10 ** (gain_db / 20))
+    if pan == 0 or samples.shape[0] > 2:
+        return samples if gain_db == UNITY_DB else samples * gain
+    sides = np.array([[min(1, 1 - pan)], [min(1, 1 + pan)]], np.float32)
+    return np.broadcast_to(samples, (2, samples.shape[1])) * sides * gain
+
+
+def find_track(host: SessionHost, word: str) -> TrackState:
+    """The track with this id or name (capitals do not matter). Raises UsageError with the names there are."""
+    tracks = host.state.tracks
+    named = [track for track in tracks if track.name.casefold() == word.casefold()]
+    found = named or [track for track in tracks if track.id == word]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        numbers = ", ".join(track.id for track in found)
+        raise UsageError(f"{len(found)} tracks are called {word!r}: give the number ({numbers}) instead.")
+    names = ", ".join(track.name for track in tracks) or "none yet"
+    raise UsageError(f"The session has no track {word!r}; there are: {names}.")
+
+
+def _find(state: SessionState, track_id: str) -> TrackState:
+    for track in state.tracks:
+        if track.id == track_id:
+            return track
+    raise UsageError(f"The session has no track {track_id}.")
+
+
+def _updated(state: SessionState, **values: Any) -> SessionState:
+    return state.model_copy(update=values)
+
+
+def _changed(state: SessionState, track_id: str, **values: Any) -> SessionState:
+    old = _find(state, track_id)
+    try:
+        new = TrackState.model_validate(old.model_copy(update=values).model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{first['loc'][0]} {first['input']} is out of range: {first['msg']}.") from error
+    return _updated(state, tracks=tuple(new if track.id == track_id else track for track in state.tracks))
+
+
+def _with_new_track(state: SessionState, name: str, role: str | None) -> SessionState:
+    number = max((int(track.id) for track in state.tracks), default=0) + 1
+    track = TrackState(id=str(number), name=name, role=role or guess_role(name))
+    return _updated(state, tracks=(*state.tracks, track))
+
+
+def _with_take(track: TrackState, take: Take, position: int) -> tuple[Region, ...]:
+    """As a new take where the topmost region there has just this range, else as a new region on top."""
+    regions = list(track.regions)
+    for number in reversed(range(len(regions))):
+        region = regions[number]
+        if (region.position, region.length) == (position, take.length):
+            takes = (*region.takes, take)
+            chosen = Region(position=position, takes=takes, chosen=len(takes) - 1)
+            return (*regions[:number], *regions[number + 1 :], chosen)
+    return (*regions, Region(position=position, takes=(take,)))
+
+
+def _check_position(position: int) -> None:
+    if position < 0:
+        raise UsageError(f"A region cannot start at sample {position}, before the session does.")
+
+
+def _slug(name: str) -> str:
+    """A file name of a track's name: letters of any script, digits, - and no others."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:40]
+
+
+def _channels(path: Path) -> int:
+    with _opened(path) as file:
+        return int(file.channels)
+
+
+def _read_part(path: Path, start: int, length: int) -> FloatArray:
+    """(channels, length) of a wav from sample `start` on."""
+    with _opened(path) as file:
+        file.seek(start)
+        samples = file.read(length, dtype="float32", always_2d=True).T
+    if samples.shape[1] < length:
+        raise BacklineError(f"{path} is shorter than the session says: it was changed or cut off.")
+    return samples
+
+
+def _opened(path: Path) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(path)
+    except soundfile.SoundFileError as error:
+        raise BacklineError(f"{path}, a take of this session, is missing or cannot be read.") from error

@@ -17,7 +17,7 @@ SOUND = {"soundfile", "soxr"}
 # What each room's code may import beside the standard library and itself, wherever the statement stands.
 ALLOWED = {
     "engine": HELPERS | SOUND | {"onnxruntime"},
-    "plugin_host": HELPERS | SOUND | {"engine", "pedalboard", "pythonosc"},
+    "plugin_host": HELPERS | SOUND | {"engine", "filelock", "pedalboard", "pythonosc"},
     "bridge": HELPERS | SOUND | {"engine", "plugin_host", "pythonosc", "matplotlib", "onnxruntime"},
 }
 FORBIDDEN = {"export": {"bridge", "plugin_host", "training"}, "training": {"bridge", "plugin_host"}}

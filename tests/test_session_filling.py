@@ -203,10 +203,7 @@ def test_a_track_that_went_away_meanwhile_costs_only_itself(tmp_path: Path) -> N
     arm(host, "piano", "guitar")
     heard = listen(host, STEMS)
     played = Listener().fill(heard.context, list(heard.armed))
-    gone = heard.armed["guitar"].id
-    host.state = host.state.model_copy(
-        update={"tracks": tuple(track for track in host.state.tracks if track.id != gone)}
-    )
+    host.remove_track(heard.armed["guitar"].id)
     said: list[str] = []
     assert [part.role for part in place_fill(host, heard, played, warn=said.append)] == ["piano"]
     assert len(said) == 1 and "'guitar'" in said[0]

@@ -1,0 +1,195 @@
+"""Random edits of a session by a process that is killed with SIGKILL at a random moment, again and again.
+
+    python -m bench.session_rounds [--rounds 200] [--seed 0] [--out bench/results/session_rounds]
+
+After each kill the session is opened again and must be: readable; at the last step that was confirmed, or
+the one step that was under way; and holding, whole, every take that was ever confirmed. Needs os.fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import describe_machine
+from engine.audio import Audio, write
+from engine.errors import BacklineError
+from plugin_host.host import Placement
+from plugin_host.session import SessionHost
+from plugin_host.session_file import HISTORY, TempoPoint
+
+RATE = 44100
+SHORTEST, LONGEST = 0.002, 0.3  # seconds that an editing process lives
+
+
+def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
+    """Edit, kill, reopen, check, `rounds` times in `folder`; returns the report."""
+    rng = random.Random(seed)
+    song = folder / "song"
+    SessionHost.create(song, sample_rate=RATE, tempo=120).create_track("first")
+    known: dict[str, str] = {}  # take -> sha256, of every confirmed take
+    report: dict[str, Any] = {
+        "rounds": 0, "killed": 0, "confirmed_steps": 0, "under_way": 0, "half_written_files": 0,
+        "lost": [], "unreadable": [], "astray": [],
+    }  # fmt: skip
+    for number in range(rounds):
+        lines = list(_edited_and_killed(song, rng))
+        report["rounds"] += 1
+        report["killed"] += 1
+        report["confirmed_steps"] += len(lines)
+        report["half_written_files"] += len(list(song.rglob(".*.part")))
+        for line in lines:
+            known |= line["takes"]
+        try:
+            host = SessionHost.open(song)
+        except BacklineError as error:
+            report["unreadable"].append(f"round {number}: {error}")
+            break
+        if lines:
+            last, now = lines[-1]["revision"], host.file
+            report["under_way"] += now.revision != last
+            if now.revision != last and last not in (*now.past[-1:], *now.future[-1:]):
+                report["astray"].append(f"round {number}: at {now.revision}, confirmed was {last}")
+        report["lost"] += [f"round {number}: {name}" for name in _lost(song, host, known)]
+    report["confirmed_takes"] = len(known)
+    report["steps_in_the_end"] = SessionHost.open(song).file.revision
+    report["history_files"] = len(list((song / HISTORY).glob("*.json")))
+    return report
+
+
+def _edited_and_killed(song: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Fork a process that edits without pause, kill it; yields the steps that it had confirmed."""
+    seed, life = rng.randrange(1 << 30), rng.uniform(SHORTEST, LONGEST)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _edit_for_ever(song, random.Random(seed), writing)
+    os.close(writing)
+    time.sleep(life)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        data = pipe.read()
+    if not os.WIFSIGNALED(status):
+        raise RuntimeError(f"the editing process ended by itself: {data.decode()[-400:]}")
+    for line in data.split(b"\n")[:-1]:  # what follows the last newline was not confirmed
+        yield json.loads(line)
+
+
+def _edit_for_ever(song: Path, rng: random.Random, pipe: int) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=song.parent) as scratch:
+            host = SessionHost.open(song)
+            while True:
+                takes = _random_step(host, rng, Path(scratch))
+                line = {"revision": host.file.revision, "takes": takes}
+                os.write(pipe, (json.dumps(line) + "\n").encode())
+    except BaseException as error:
+        os.write(pipe, repr(error).encode())
+        os._exit(1)
+
+
+def _random_step(host: SessionHost, rng: random.Random, scratch: Path) -> dict[str, str]:
+    """One edit such as a user makes; returns the takes it made with their sha256."""
+    tracks = host.state.tracks
+    track = rng.choice(tracks) if tracks else None
+    kind = rng.choices(
+        ["place", "track", "mixer", "undo", "redo", "take", "tempo", "remove"], [8, 1, 4, 3, 2, 2, 1, 1]
+    )[0]
+    if track is None or kind == "track":
+        host.create_track(f"track {rng.randrange(1000)}")
+    elif kind == "place":
+        return _placed(host, rng, scratch, track.id)
+    elif kind == "mixer":
+        host.set_track(
+            track.id, gain_db=rng.uniform(-20, 6), pan=rng.uniform(-1, 1), armed=rng.random() < 0.5
+        )
+    elif kind == "undo" and host.file.past:
+        host.undo()
+    elif kind == "redo" and host.file.future:
+        host.redo()
+    elif kind == "take" and track.regions:
+        region = rng.randrange(len(track.regions))
+        host.choose_take(track.id, region, rng.randrange(len(track.regions[region].takes)))
+    elif kind == "tempo":
+        host.set_tempo([TempoPoint(position=0, bpm=rng.uniform(60, 180))])
+    elif kind == "remove" and len(tracks) > 3:
+        host.remove_track(track.id)
+    return {}
+
+
+def _placed(host: SessionHost, rng: random.Random, scratch: Path, track_id: str) -> dict[str, str]:
+    before = {path.name for path in (host.folder / "audio").iterdir()}
+    placements = []
+    for number in range(rng.randint(1, 3)):
+        samples = np.random.default_rng(rng.randrange(1 << 30)).standard_normal(
+            (rng.randint(1, 2), rng.choice([2000, 4000]))
+        )
+        write(scratch / f"{number}.wav", Audio(samples.astype(np.float32), RATE))
+        placements.append(Placement(scratch / f"{number}.wav", rng.choice([0, 100, 5000]), "fill", track_id))
+    host.place_all("fill", placements, disarm=[track_id])
+    made = {path.name for path in (host.folder / "audio").glob("*.wav")} - before
+    return {name: _sha256(host.folder / "audio" / name) for name in made}
+
+
+def _lost(song: Path, host: SessionHost, known: dict[str, str]) -> list[str]:
+    """Confirmed takes that are gone or changed, and takes of the session that cannot be read."""
+    lost = [
+        name
+        for name, digest in known.items()
+        if not (song / "audio" / name).exists() or _sha256(song / "audio" / name) != digest
+    ]
+    for track in host.state.tracks:
+        for region in track.regions:
+            lost += [take.file for take in region.takes if not (song / "audio" / take.file).exists()]
+    return lost
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    rows = [
+        ("rounds, each ended by SIGKILL", report["rounds"]),
+        ("steps confirmed before a kill", report["confirmed_steps"]),
+        ("takes confirmed", report["confirmed_takes"]),
+        ("kills that met a step under way which then counted", report["under_way"]),
+        ("half-written files left by kills, swept up by the next step", report["half_written_files"]),
+        ("takes lost or changed", len(report["lost"])),
+        ("sessions that could not be opened", len(report["unreadable"])),
+        ("sessions that were neither at the confirmed step nor the next", len(report["astray"])),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"# Random edits, kill -9, reopen\n\n| | |\n|---|---|\n{table}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a session's editor again and again.")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/session_rounds"))
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = run_rounds(Path(folder), arguments.rounds, arguments.seed)
+    report |= {"seconds": round(time.perf_counter() - started, 1), "machine": describe_machine()}
+    arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    arguments.out.with_suffix(".md").write_text(_markdown(report), "utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
