@@ -6,6 +6,7 @@ its name only when the last file is on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -139,6 +140,7 @@ def write_bundle(out: Path, fill: Callable[[Path], Manifest], *, force: bool = F
     """
     out = Path(out)
     check_target(out, force)
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -157,6 +159,9 @@ def write_bundle(out: Path, fill: Callable[[Path], Manifest], *, force: bool = F
         raise BacklineError(f"{out} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds the bundle
+                parent.rmdir()
     return manifest
 
 

@@ -142,9 +142,10 @@ def open_checkpoint(
 ) -> Iterator[Checkpoint]:
     """Open a checkpoint; its tensors can be read inside the `with`.
 
-    scratch: a folder for the unpacked member of a tar, 4 to 13 GB for a released one; the copy has no name
-    and is gone with the process. callback: fraction of the unpacking. Raises BacklineError, one sentence, for
-    a file that is missing, empty, truncated or no checkpoint.
+    scratch: a folder for the unpacked member of a tar, 4 to 13 GB for a released one (default: the system's
+    temporary one); the copy has no name and is gone with the process. callback: fraction of the unpacking.
+    Raises BacklineError, one sentence, for a file that is missing, empty, truncated or no checkpoint, and
+    where `scratch` has no room for it.
     """
     path = Path(path)
     with ExitStack() as stack:
@@ -170,6 +171,15 @@ def _explained(path: Path) -> Iterator[None]:
         raise BacklineError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+@contextmanager
+def _unpacking(path: Path, scratch: Path) -> Iterator[None]:
+    """What goes wrong in writing the copy, which is not the archive's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise BacklineError(f"{path} cannot be unpacked in {scratch}: {error.strerror or error}.") from error
+
+
 def _unpacked(
     path: Path, file: IO[bytes], scratch: Path | None, stack: ExitStack, callback: Progress | None
 ) -> IO[bytes]:
@@ -179,8 +189,10 @@ def _unpacked(
     if not (head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar"):
         return file
     total = path.stat().st_size
+    folder = scratch or Path(tempfile.gettempdir())
     # A gzip cannot be read at random, so the checkpoint is unpacked once, into a file without a name.
-    copy = cast(IO[bytes], stack.enter_context(tempfile.TemporaryFile(dir=scratch)))  # noqa: SIM115
+    with _unpacking(path, folder):
+        copy = cast(IO[bytes], stack.enter_context(tempfile.TemporaryFile(dir=folder)))  # noqa: SIM115
     names: list[str] = []
     taken = ""
     with tarfile.open(fileobj=file, mode="r:*") as archive:
@@ -196,7 +208,8 @@ def _unpacked(
             copy.seek(0)
             copy.truncate()
             while block := source.read(COPY_BLOCK):
-                copy.write(block)
+                with _unpacking(path, folder):
+                    copy.write(block)
                 if callback:
                     callback(f"unpacking {Path(taken).name}", min(1.0, file.tell() / total))
     if not taken:
@@ -205,7 +218,8 @@ def _unpacked(
         raise BacklineError(
             f"{path} holds several checkpoints ({', '.join(names)}): unpack the one you want."
         )
-    copy.seek(0)
+    with _unpacking(path, folder):
+        copy.seek(0)  # writes what is still buffered
     return copy
 
 

@@ -6,6 +6,7 @@ accounted for: one that is missing or misshapen is an error, one that is left ov
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +46,12 @@ DERIVED = (
     "posterior_mean_coef2",
     "lvlb_weights",
     "logvar",
+)
+# The text encoders of Stable Diffusion 1, 2 and XL.
+STABLE_DIFFUSION = (
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.transformer.",
+    "conditioner.embedders.",
 )
 LICENCE = "as published with the weights (not known to Backline)"
 
@@ -100,13 +107,12 @@ def import_checkpoint(
         raise UsageError(f"There is no precision {precision!r}: choose fp32 or fp16.")
     out = Path(out)
     check_target(out, force)
+    scratch = _scratch(out)
     reference = read_config(Path(config))
     with ExitStack() as stack:
 
         def open_source(path: Path, *roots: str) -> Source:
-            opened = stack.enter_context(
-                open_checkpoint(Path(path), scratch=_scratch(out), callback=callback)
-            )
+            opened = stack.enter_context(open_checkpoint(Path(path), scratch=scratch, callback=callback))
             return Source(opened, opened.tensors(*roots))
 
         main = open_source(ckpt, "state_dict")
@@ -130,6 +136,8 @@ def import_checkpoint(
         if reference.unet.film_dim is not None:
             _report(callback, "reading CLAP", 0.0)
             towers = read_towers(clap_source, reference, tokenizer)
+            if clap and not (towers.text or towers.audio):
+                raise BacklineError(f"{clap} holds no CLAP of laion-clap's layout.")
             read |= {tower: len(module.state_dict()) for tower, module in towers.modules().items()}
         title = name or ("mt-musicldm" if reference.unet.film_dim else "mt-musicldm-unconditional")
         manifest = _manifest(reference, generator.config, towers, scale, title, licence)
@@ -193,11 +201,8 @@ def check_model(source: Source) -> None:
     if first is not None:
         if isinstance(first, LazyTensor) and len(first.shape) == 5:
             return
-        other = (
-            "a Stable Diffusion"
-            if source.has("cond_stage_model.transformer.")
-            else "a plain MusicLDM or AudioLDM"
-        )
+        stable = any(source.has(prefix) for prefix in STABLE_DIFFUSION)
+        other = "a Stable Diffusion" if stable else "a plain MusicLDM or AudioLDM"
         raise BacklineError(
             f"{source.path} is {other} checkpoint: its UNet is 2-D, and Multi-Track MusicLDM's is 3-D."
         )
@@ -312,10 +317,17 @@ def _named(unet: UNet3d, vae: KlVae, vocoder: HifiGan) -> Iterable[tuple[str, nn
     return (("unet", unet), ("vae", vae), ("vocoder", vocoder))
 
 
-def _scratch(out: Path) -> Path | None:
-    """Where an archive is unpacked: beside the bundle, which must have room for as much anyway."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
+def _scratch(out: Path) -> Path:
+    """Where an archive is unpacked: beside the bundle, which must have room for as much anyway.
+
+    Raises BacklineError where there can be no bundle, before minutes are spent on reading.
+    """
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise BacklineError(f"{out} cannot be written: {folder} is no folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BacklineError(f"{out} cannot be written: {folder} is not yours to write in.")
+    return folder
 
 
 def _report(callback: Progress | None, phase: str, fraction: float) -> None:

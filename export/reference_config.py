@@ -84,7 +84,7 @@ def read_config(path: Path) -> ReferenceConfig:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise BacklineError(f"{path}: {place} makes no sense: {first['msg']}.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BacklineError(f"{path} is no model configuration: {error}.") from error
     except BacklineError as error:
         raise BacklineError(f"{path}: {error}") from error
@@ -211,13 +211,21 @@ def _unet_config(unet: Mapping[str, Any]) -> UNet3dConfig:
             "and both are the stems."
         )
     film = unet.get("extra_film_condition_dim")
+    head_width, heads, heads_up = (
+        max(0, int(unet.get(name) or 0)) for name in ("num_head_channels", "num_heads", "num_heads_upsample")
+    )
+    if not head_width and not heads:
+        raise KeyError("num_head_channels")
+    if not head_width and heads_up not in (0, heads):
+        raise BacklineError(f"the UNet's option num_heads_upsample: {heads_up} is not supported.")
     return UNet3dConfig(
         stems=int(unet["in_channels"]),
         width=int(unet["model_channels"]),
         multipliers=tuple(map(int, unet["channel_mult"])),
         blocks=int(unet["num_res_blocks"]),
         attention_at=tuple(sorted(map(int, unet["attention_resolutions"]))),
-        head_width=int(unet["num_head_channels"]),
+        head_width=head_width,
+        heads=None if head_width else heads,
         film_dim=int(film) if film else None,
         film_concat=bool(unet.get("extra_film_use_concat", False)),
     )
@@ -282,7 +290,13 @@ def _check_sizes(config: ReferenceConfig) -> None:
             f"{config.mel.n_mels} mel bands do not divide by what VAE and UNet reduce them by."
         )
     widths = [config.unet.width * m for m in config.unet.multipliers]
-    if config.unet.width % NORM_GROUPS or any(width % config.unet.head_width for width in widths):
-        raise BacklineError(
-            f"the UNet's widths {widths} must be multiples of {NORM_GROUPS} and of {config.unet.head_width}."
-        )
+    heads = config.unet.heads or config.unet.head_width
+    if config.unet.width % NORM_GROUPS or any(width % heads for width in widths):
+        raise BacklineError(f"the UNet's widths {widths} must be multiples of {NORM_GROUPS} and of {heads}.")
+    if config.vae.width % NORM_GROUPS:
+        raise BacklineError(f"the VAE's width {config.vae.width} must be a multiple of {NORM_GROUPS}.")
+    vocoder = config.vocoder
+    fits = len(vocoder.rates) == len(vocoder.rate_kernels) and len(vocoder.kernels) == len(vocoder.dilations)
+    small = any(kernel < rate for rate, kernel in zip(vocoder.rates, vocoder.rate_kernels, strict=False))
+    if not fits or small or vocoder.width < 2 ** len(vocoder.rates):
+        raise BacklineError("the vocoder's rates, kernels, dilations and width do not go together.")

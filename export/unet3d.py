@@ -26,7 +26,10 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class UNet3dConfig:
-    """`film_dim` None: unconditional. `film_concat`: it is appended to the time embedding, or added."""
+    """`film_dim` None: unconditional. `film_concat`: it is appended to the time embedding, or added.
+
+    Attention has heads of `head_width` channels or, where `heads` is set, so many of them.
+    """
 
     stems: int = 4
     width: int = 192
@@ -34,8 +37,13 @@ class UNet3dConfig:
     blocks: int = 2
     attention_at: tuple[int, ...] = (2, 4, 8)
     head_width: int = 32
+    heads: int | None = None
     film_dim: int | None = 512
     film_concat: bool = True
+
+    def head_width_at(self, channels: int) -> int:
+        """Channels of one head where there are `channels` in all."""
+        return channels // self.heads if self.heads else self.head_width
 
     @property
     def stride(self) -> int:
@@ -59,7 +67,7 @@ class UNet3d(nn.Module):
         def stage(before: int, after: int, factor: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(before, after, joined * 4 * width)]
             if factor in config.attention_at:
-                layers.append(Attention(after, config.head_width))
+                layers.append(Attention(after, config.head_width_at(after)))
             return layers
 
         channels, factor = width, 1
@@ -80,7 +88,7 @@ class UNet3d(nn.Module):
         self.middle_block = nn.ModuleList(
             [
                 ResBlock(channels, channels, middle),
-                Attention(channels, config.head_width),
+                Attention(channels, config.head_width_at(channels)),
                 ResBlock(channels, channels, middle),
             ]
         )
