@@ -94,7 +94,7 @@ class ClientJob:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.heard.wait(), PATIENCE)
                     continue
-                await self.client.status(self.id)  # a lost end, or a daemon that is gone: the latter raises
+                await self.client.status(self.id)  # a lost end; where the daemon is gone this raises
             result = await self.ending
         finally:
             if self.ending.done():
