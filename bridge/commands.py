@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from bridge import ardour_commands
 from bridge import demo as demo_job
 from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
@@ -27,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(ardour_commands.app, name="ardour")
 
 logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings are said here, once
 

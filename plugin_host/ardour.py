@@ -76,6 +76,7 @@ class ArdourHost:
 
     roles: what tracks play, by name, where the name does not tell. careful: wavs are placed only on tracks
     that are still armed, with the transport stopped. quiet: regions that are muted in the step that places.
+    free: the music does not follow the session's tempo, so nobody is told of it.
     """
 
     way: Link
@@ -83,17 +84,23 @@ class ArdourHost:
     roles: Mapping[str, str] = field(default_factory=dict)
     careful: bool = False
     quiet: tuple[str, ...] = ()
+    free: bool = False
     folder: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="backline-ardour-"), repr=False
     )
 
     @classmethod
     def open(
-        cls, port: int = PORT, *, config: Path | None = None, roles: Mapping[str, str] | None = None
+        cls,
+        port: int = PORT,
+        *,
+        config: Path | None = None,
+        roles: Mapping[str, str] | None = None,
+        free: bool = False,
     ) -> Self:
         """The session that is open in the Ardour on this OSC port. Raises BacklineError without one."""
         way = link(port, config)
-        return cls(way, look(way).session, roles or {})
+        return cls(way, look(way).session, roles or {}, free=free)
 
     def look(self) -> State:
         """The state now. Raises SessionChanged where another session is open."""
@@ -116,7 +123,7 @@ class ArdourHost:
         return self.look().selection
 
     def grid(self, span: Span) -> Grid | None:
-        found = self._ask("grid", span.start, span.end)
+        found = {} if self.free else self._ask("grid", span.start, span.end)
         if not found:
             return None
         beats = found["divisions"] * 4 / found["note"]  # in quarters, which is what bpm counts
@@ -209,6 +216,7 @@ class ArdourHost:
 
     def _path(self, name: str) -> Path:
         # Ardour names its source after the file, and asks in a dialog where it has one of that name.
+        short = re.sub(r"[^ \w-]+", "_", name)[:60]
         short = re.sub(r"[^ \w-]+", "_", name)[:60]
         return Path(self.folder.name) / f"{short} {uuid4().hex[:8]}.wav"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import select
 import socket
@@ -31,6 +32,7 @@ HOST = "127.0.0.1"
 PICKUP_SECONDS = 15.0  # until Ardour begins with a command: it may be drawing, or saving
 WORK_SECONDS = 600.0  # until it is done with one, a long import for example
 AGAIN_SECONDS = 0.5  # a trigger is sent again after this: UDP may lose one
+REFUSAL_SECONDS = 0.02  # until the system says that nobody listens on a port of this machine
 STALE_SECONDS = 3600.0
 
 # Feedback of /set_surface: strip buttons, heartbeat, transport, and answers at their own addresses.
@@ -93,6 +95,7 @@ def send(way: Link, address: str, *arguments: Any) -> None:
     """One OSC message to Ardour. Raises ArdourGone where nobody listens."""
     with _connected(way.port) as channel:
         _send(channel, way.port, message(address, *arguments))
+        _hear(channel, way.port, REFUSAL_SECONDS)
 
 
 def _run(way: Link, command: bytes, answer: Path, pickup: float) -> dict[str, Any]:
@@ -174,6 +177,28 @@ def message(address: str, *arguments: Any) -> bytes:
     return builder.build().dgram
 
 
+def announce(way: Link, session: str) -> None:
+    """Tell Backline's actions inside Ardour that somebody listens for them, again every few seconds."""
+    _write(way.folder / f"following-{_key(session)}", f"{int(time.time())}\n".encode())
+
+
+def withdraw(way: Link, session: str) -> None:
+    """Nobody listens any more."""
+    for name in ("following", "request"):
+        (way.folder / f"{name}-{_key(session)}").unlink(missing_ok=True)
+
+
+def take_request(way: Link, session: str) -> str | None:
+    """What the user asked for with one of the actions since the last call: "fill" or "split"."""
+    path = way.folder / f"request-{_key(session)}"
+    try:
+        word = path.read_text("utf-8").strip()
+        path.unlink()
+    except OSError:
+        return None
+    return word
+
+
 def _connected(port: int) -> socket.socket:
     # Connected, so that a port on which nobody listens is an error and not silence.
     channel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -210,3 +235,8 @@ def _write(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise BacklineError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def _key(session: str) -> str:
+    """A session as part of a file name, as lua/request.lua makes it."""
+    return re.sub(rb"[^A-Za-z0-9]", b"_", os.fsencode(session))[-120:].decode("ascii")
