@@ -88,8 +88,8 @@ def status(
                 raise
     if not found:
         raise ArdourGone(
-            f"No Ardour answers on the OSC ports from {PORT} to {PORT + PORTS - 1}: is it running, with OSC "
-            "switched on for the session?"
+            f"No Ardour answers on the OSC ports from {PORT} to {PORT + PORTS - 1}: it does not run, or OSC "
+            "is not switched on for its session."
         )
     if json_output:
         print_json({"ardours": [_told(number, state) for number, state in found]})

@@ -249,9 +249,8 @@ def untried(state: State) -> str | None:
     """A sentence where this version of Ardour is none that Backline was tried with."""
     if state.version == TRIED:
         return None
-    return (
-        f"Backline was tried with Ardour {TRIED}, not with Ardour {state.version or 'of an unknown version'}."
-    )
+    version = f"Ardour {state.version}" if state.version else "this one, whose version is not known"
+    return f"Backline was tried with Ardour {TRIED}, not with {version}."
 
 
 def _version(program: str, config: str) -> str:

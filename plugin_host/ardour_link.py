@@ -224,7 +224,9 @@ def _hear(channel: socket.socket, port: int, seconds: float) -> bytes | None:
 
 
 def _gone(port: int) -> ArdourGone:
-    return ArdourGone(f"No Ardour answers on OSC port {port}: is it running, with OSC switched on?")
+    return ArdourGone(
+        f"No Ardour answers on OSC port {port}: it does not run, or OSC is not switched on for its session."
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
