@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -190,11 +190,10 @@ def find_plugin(word: str) -> PluginState:
 
 def installed() -> list[Path]:
     """The VST3s of this machine, by name."""
-    from pedalboard import VST3Plugin
+    import pedalboard
 
-    return sorted(
-        {Path(path) for path in VST3Plugin.installed_plugins}, key=lambda path: path.stem.casefold()
-    )
+    found = cast(Any, pedalboard.VST3Plugin).installed_plugins  # which pedalboard's stubs do not have
+    return sorted({Path(path) for path in found}, key=lambda path: path.stem.casefold())
 
 
 def _built_in(plugin: PluginState) -> Any:

@@ -1,0 +1,143 @@
+"""Sessions as files that other DAWs open: what DAWproject and RPP have in common, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engine.audio import Audio
+from engine.errors import BacklineError, UsageError
+from plugin_host.session import SessionHost
+from plugin_host.session_file import PluginState, Region, TempoPoint, TrackState
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a region that is heard: `region` from its sample `offset` on, at `position`, for `length`.
+
+    DAWs mix clips that overlap or do not take them at all, where here the later region covers the earlier.
+    """
+
+    region: Region
+    position: int
+    offset: int
+    length: int
+
+
+@dataclass
+class ReadTake:
+    """A take as another program's file tells it: its name and where the audio is, as libsndfile opens it."""
+
+    name: str
+    load: Callable[[], Audio]
+
+
+@dataclass
+class ReadItem:
+    """Takes that lie at `position` and are heard from `offset` on for `length`, all in seconds."""
+
+    position: float
+    offset: float
+    length: float
+    takes: list[ReadTake]
+    chosen: int = 0
+
+
+@dataclass
+class ReadTrack:
+    """A track as another program's file tells it."""
+
+    name: str
+    role: str | None = None
+    armed: bool = False
+    muted: bool = False
+    soloed: bool = False
+    gain_db: float = 0.0
+    pan: float = 0.0
+    plugins: list[tuple[PluginState, bytes | None]] = field(default_factory=list)
+    items: list[ReadItem] = field(default_factory=list)
+
+
+@dataclass
+class ReadProject:
+    """A project as another program's file tells it.
+
+    tempo: (seconds, bpm, numerator, denominator) in order of time, the first at 0.
+    """
+
+    sample_rate: int
+    tempo: list[tuple[float, float, int, int]]
+    tracks: list[ReadTrack]
+
+
+def export_session(host: SessionHost, path: Path, warn: Warn) -> None:
+    """Write the session as `path`, a .dawproject or an .rpp, whole or not at all.
+
+    `warn` is told what the format cannot hold. Raises UsageError for another ending.
+    """
+    from plugin_host.exchange_dawproject import write_dawproject
+    from plugin_host.exchange_rpp import write_rpp
+
+    writers = {".dawproject": write_dawproject, ".rpp": write_rpp}
+    if path.suffix.lower() not in writers:
+        raise UsageError(f"{path.name} ends in neither .dawproject nor .rpp: these are what can be written.")
+    writers[path.suffix.lower()](host, path, warn)
+
+
+def read_project(path: Path) -> ReadProject:
+    """Read a .dawproject or an .rpp. Raises BacklineError where it is neither or cannot be read."""
+    from plugin_host.exchange_dawproject import read_dawproject
+    from plugin_host.exchange_rpp import read_rpp
+
+    readers = {".dawproject": read_dawproject, ".rpp": read_rpp}
+    if path.suffix.lower() not in readers:
+        raise UsageError(f"{path.name} ends in neither .dawproject nor .rpp: these are what can be read.")
+    if not path.is_file():
+        raise BacklineError(f"{path} does not exist.")
+    return readers[path.suffix.lower()](path)
+
+
+def segments(track: TrackState) -> list[Segment]:
+    """What is heard of a track's regions, without overlaps, in the order of time."""
+    heard: list[Segment] = []
+    for number, region in enumerate(track.regions):
+        pieces = [(region.position, region.end)]
+        for later in track.regions[number + 1 :]:
+            pieces = [
+                part
+                for start, end in pieces
+                for part in ((start, min(end, later.position)), (max(start, later.end), end))
+                if part[0] < part[1]
+            ]
+        heard += [Segment(region, start, start - region.position, end - start) for start, end in pieces]
+    return sorted(heard, key=lambda segment: segment.position)
+
+
+def tempo_points(project: ReadProject) -> list[TempoPoint]:
+    """Its tempo map in samples. A first point that says what the second does too is left out."""
+    points = {
+        round(seconds * project.sample_rate): TempoPoint(
+            position=round(seconds * project.sample_rate),
+            bpm=bpm,
+            numerator=numerator,
+            denominator=denominator,
+        )
+        for seconds, bpm, numerator, denominator in project.tempo
+    }
+    ordered = [points[position] for position in sorted(points)]
+    if len(ordered) > 1 and ordered[0].model_copy(update={"position": ordered[1].position}) == ordered[1]:
+        del ordered[0]
+    return ordered
+
+
+def cut(audio: Audio, offset: float, length: float, rate: int, name: str) -> Audio:
+    """The stretch of a source that an item plays, in the project's samples. Raises BacklineError."""
+    start, count = round(offset * rate), round(length * rate)
+    if start >= audio.length:
+        raise BacklineError(f"{name} is shorter than the project says.")
+    return Audio(np.ascontiguousarray(audio.samples[:, start : start + count]), audio.sample_rate)
