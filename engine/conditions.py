@@ -169,6 +169,8 @@ def _audio_embedding(model: Model, audio: Audio) -> FloatArray:
         if clap.sample_rate is None or clap.samples is None:
             raise BacklineError(f"The model {model.manifest.name} does not say what audio its prompt takes.")
         signal = mono(resample(audio, clap.sample_rate))
+        if len(signal) < clap.samples:  # laion-clap's "repeatpad": whole repetitions, then silence
+            signal = fit(np.tile(signal, clap.samples // len(signal)), clap.samples)
         parts = [model.embed_audio(audio=window[None]) for window in _cut(signal, clap.samples)]
         return _mean_direction(np.concatenate(parts))
     signal = mono(resample(audio, model.manifest.mel.sample_rate))

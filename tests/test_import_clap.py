@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from laion_reference import SECONDS, TEXTS
 from reference_model import random_checkpoint, small_config, write_config
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from engine.audio import Audio
+from engine.conditions import prompt_film
 from engine.errors import BacklineError, UsageError
 from engine.model import Model
 from engine.take import Settings
 from engine.tasks import generate
+from export.checkpoint import open_checkpoint
 from export.clap import (
     ClapAudio,
     ClapAudioConfig,
@@ -29,7 +35,10 @@ from export.clap import (
     upsample,
 )
 from export.import_checkpoint import import_checkpoint
+from export.import_clap import read_towers
 from export.onnx_writer import Input, relative_error, write_graph
+from export.reference_config import read_config
+from export.tensor_source import Source
 
 EMBEDDING = 24
 TEXT = ClapTextConfig(
@@ -222,25 +231,6 @@ def test_upsampling_keeps_tones_and_makes_no_new_ones() -> None:
     assert torch.equal(upsample(tone, 1), tone)
 
 
-def test_audio_tower_equals_laion_clap() -> None:
-    """Its own HTSAT on the same weights; runs where laion-clap and what it imports are installed."""
-    pytest.importorskip("laion_clap")
-    from laion_clap.clap_module.htsat import create_htsat_model  # type: ignore[import-not-found]
-    from laion_clap.clap_module.model import CLAPAudioCfp  # type: ignore[import-not-found]
-
-    theirs = randomised(create_htsat_model(CLAPAudioCfp(model_type="HTSAT", model_name="tiny")), 4)
-    state = {f"audio_branch.{name}": value for name, value in theirs.state_dict().items()}
-    state |= {f"audio_projection.{i}.weight": torch.zeros(8, 8) for i in (0, 2)}
-    ours = ClapAudio(audio_config({name: tuple(value.shape) for name, value in state.items()}, 48000)).eval()
-    ours.load_state_dict(
-        {name: state[name] for name in ours.state_dict() if "projection" not in name}, strict=False
-    )
-    audio = torch.randn(1, 480000)
-    with torch.no_grad():
-        expected = theirs({"waveform": audio}, device="cpu")["embedding"]
-        assert relative_error(ours.audio_branch(audio).numpy(), expected.numpy()) <= 1e-4
-
-
 def test_layout_is_read_from_the_shapes() -> None:
     for tower, layout in ((ClapAudio(AUDIO), audio_config), (ClapText(TEXT), text_config)):
         shapes = {name: tuple(value.shape) for name, value in published(tower).items()}
@@ -351,6 +341,61 @@ def test_clap_from_its_own_file_and_without_a_tokenizer(files: Path) -> None:
     assert any(summary.manifest.film_uncond or ()), "the empty text needs no tokenizer"
     with pytest.raises(UsageError, match="no text"):
         Model.open(out, "cpu", 1).embed_text("warm")
+
+
+@pytest.fixture(scope="module")
+def laion(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with laion-clap's own random model, its embeddings, and the bundle imported from it."""
+    if importlib.util.find_spec("laion_clap") is None:
+        pytest.skip("laion-clap is not installed (extra clap)")
+    folder = tmp_path_factory.mktemp("laion")
+    script = Path(__file__).with_name("laion_reference.py")
+    ran = subprocess.run(
+        [sys.executable, str(script), str(words), str(folder)], capture_output=True, text=True, cwd=folder
+    )
+    assert ran.returncode == 0, ran.stderr
+    tree = small_config(channel_mult=[1], attention_resolutions=[], extra_film_condition_dim=512)
+    tree["hifigan"] |= {"sampling_rate": 48000, "fmax": 24000}  # prompts at CLAP's own rate: no resampling
+    torch.save(random_checkpoint(write_config(folder / "config.json", tree)), folder / "main.ckpt")
+    summary = import_checkpoint(
+        folder / "main.ckpt",
+        folder / "config.json",
+        folder / "bundle",
+        clap=folder / "clap.pt",
+        tokenizer=words,
+    )
+    assert not summary.missing and set(summary.manifest.capabilities) == {"text", "audio"}
+    own = [name for name in summary.unused if name.startswith("module.")]
+    unused = r"relative_position_index|attn_mask|tscam_conv|head|position_ids|num_batches|logit_scale|_transform"
+    assert own and [name for name in own if not re.search(unused, name)] == []
+    return folder
+
+
+def test_towers_equal_laion_clap_in_torch(laion: Path, words: Path) -> None:
+    reference = np.load(laion / "reference.npz")
+    with open_checkpoint(laion / "clap.pt") as checkpoint:
+        source = Source(checkpoint, checkpoint.tensors("state_dict"))
+        towers = read_towers(source, read_config(laion / "config.json"), words)
+    assert towers.text is not None and towers.audio is not None and towers.tokenizer is not None
+    towers.tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
+    encoded = towers.tokenizer.encode_batch(list(TEXTS))
+    ids, mask = (torch.tensor([getattr(row, part) for row in encoded]) for part in ("ids", "attention_mask"))
+    with torch.no_grad():
+        assert relative_error(towers.text(ids, mask).numpy(), reference["text"]) <= 1e-4
+        audio = towers.audio(torch.from_numpy(reference["whole_audio"])[None])
+    assert relative_error(audio.numpy(), reference["whole"]) <= 1e-4
+
+
+def test_prompts_equal_laion_clap_in_the_engine(laion: Path) -> None:
+    """From a text or a sound to its embedding: tokens, lengths, the front-end and the towers."""
+    reference = np.load(laion / "reference.npz")
+    model = Model.open(laion / "bundle", "cpu", 2)
+    for text, expected in zip(TEXTS, reference["text"], strict=True):
+        assert relative_error(model.embed_text(text)[0], expected) <= 1e-4, text
+    assert relative_error(np.array(model.manifest.film_uncond), reference["text"][-1]) <= 1e-4
+    for name in SECONDS:  # what is shorter than ten seconds is repeated as often as it fits, then silent
+        film = prompt_film(model, None, Audio(reference[f"{name}_audio"][None], 48000))
+        assert film is not None and relative_error(film, reference[name]) <= 1e-4, name
 
 
 def test_towers_that_do_not_fit(files: Path, words: Path, tmp_path: Path) -> None:
