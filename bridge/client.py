@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from bridge.jobs import EXTENSIONS
 from bridge.osc import Framing, Malformed, Message, Value, read_packet, write_message
-from bridge.protocol import PORT, named
+from bridge.protocol import ENDED, PATHS, PORT, named
 from engine.errors import BacklineError
 
 RESEND = 0.5  # seconds
@@ -76,7 +77,6 @@ class ClientJob:
     state: str = "queued"
     phase: str = ""
     fraction: float = 0.0
-    staged: Path | None = None
     heard: asyncio.Event = field(default_factory=asyncio.Event)
     takes: dict[int, MadeTake] = field(default_factory=dict)
     ending: asyncio.Future[JobResult] = field(
@@ -98,7 +98,7 @@ class ClientJob:
             result = await self.ending
         finally:
             if self.ending.done():
-                self.client.forget(self)
+                self.client.jobs.pop(self.id, None)
         if not keep:
             await self.fetched()
         return result
@@ -138,7 +138,7 @@ class Client:
 
     async def generate(self, seconds: float, *, id: str | None = None, **options: Value) -> ClientJob:
         """A whole band; options as in docs/osc.md, such as text="slow jazz", takes=4."""
-        return await self._job("generate", id, [float(seconds)], options)
+        return await self._job("generate", id, {"seconds": float(seconds)}, options)
 
     async def fill(
         self,
@@ -150,19 +150,19 @@ class Client:
     ) -> ClientJob:
         """The armed stems ("piano,guitar"), to go with a folder of stems or with files by stem."""
         if isinstance(context, str | Path):
-            return await self._job("fill", id, [str(context), armed], options)
+            return await self._job("fill", id, {"folder": str(context), "armed": armed}, options)
         files = {f"stem:{name}": str(path) for name, path in context.items()}
-        return await self._job("fill", id, ["", armed], files | options)
+        return await self._job("fill", id, {"folder": "", "armed": armed}, files | options)
 
     async def split(self, mix: str | Path, *, id: str | None = None, **options: Value) -> ClientJob:
         """One wav per stem of the file `mix`."""
-        return await self._job("split", id, [str(mix)], options)
+        return await self._job("split", id, {"mix": str(mix)}, options)
 
     async def continue_(
         self, source: str | Path, seconds: float, *, id: str | None = None, **options: Value
     ) -> ClientJob:
         """What a folder of stems, a take's folder or a file plays next."""
-        return await self._job("continue", id, [str(source), float(seconds)], options)
+        return await self._job("continue", id, {"source": str(source), "seconds": float(seconds)}, options)
 
     async def status(self, job_id: str) -> dict[str, Any]:
         """A job's state by the names of docs/osc.md."""
@@ -203,30 +203,44 @@ class Client:
             self._waiting.remove(entry)
         raise BacklineError("The daemon does not answer: is `backline serve` running?")
 
-    def forget(self, job: ClientJob) -> None:
-        """A job has ended: what was copied for it goes."""
-        self.jobs.pop(job.id, None)
-        if job.staged is not None:
-            shutil.rmtree(job.staged, ignore_errors=True)
-
     def _envelope(self) -> list[Value]:
         return [] if self.token is None else ["token", self.token]
 
     async def _job(
-        self, task: str, job_id: str | None, arguments: list[Value], options: Mapping[str, Value]
+        self, task: str, job_id: str | None, arguments: Mapping[str, Value], options: Mapping[str, Value]
     ) -> ClientJob:
+        """Sends a job; files that the daemon may not read are copied to where it may, if we can."""
         job = ClientJob(job_id or new_id(task), self)
         self.jobs[job.id] = job
-        pairs = [word for name, value in options.items() for word in (name, value)]
-        address = f"/backline/job/{task}"
+        inputs = Path(self.welcome["root"]) / "inputs" / job.id
+        asked = {name: _absolute(name, value) for name, value in {**arguments, **options}.items()}
         try:
-            answer = await self.request(address, job.id, *arguments, *pairs, answer="/backline/job/accepted")
+            try:
+                answer = await self._ask(task, job.id, asked, len(arguments))
+            except DaemonError as error:
+                if error.code != "path" or not os.access(inputs.parent, os.W_OK):
+                    raise
+                staged = await asyncio.to_thread(_copy_in, asked, inputs)
+                try:
+                    answer = await self._ask(task, job.id, staged, len(arguments))
+                except DaemonError:
+                    shutil.rmtree(inputs, ignore_errors=True)
+                    raise
         except BaseException:
-            self.forget(job)
+            self.jobs.pop(job.id, None)
             raise
-        if answer["state"] not in ("done", "cancelled", "error"):
+        if answer["state"] not in ENDED:
             job.state = answer["state"]
         return job
+
+    async def _ask(
+        self, task: str, job_id: str, asked: Mapping[str, Value], positional: int
+    ) -> dict[str, Any]:
+        values = list(asked.values())[:positional]
+        pairs = [word for name, value in list(asked.items())[positional:] for word in (name, value)]
+        return await self.request(
+            f"/backline/job/{task}", job_id, *values, *pairs, answer="/backline/job/accepted"
+        )
 
     def hear(self, packet: bytes) -> None:
         """A packet of the daemon."""
@@ -264,9 +278,11 @@ class Client:
         for _, _, waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(self.closed)
+                waiting.exception()  # looked at, so that nobody who does not wait is warned of it
         for job in self.jobs.values():
             if not job.ending.done():
                 job.ending.set_exception(self.closed)
+                job.ending.exception()
             job.heard.set()
 
 
@@ -290,7 +306,7 @@ def _tell_job(job: ClientJob, address: str, values: dict[str, Any]) -> None:
         takes = [job.takes[number] for number in sorted(job.takes)]
         folder = Path(values["folder"])
         job.ending.set_result(
-            JobResult(job.id, folder, takes, values["seconds"], values["provider"], values["note"])
+            JobResult(job.id, folder, takes, round(values["seconds"], 3), values["provider"], values["note"])
         )
     elif word == "cancelled":
         job.state = "cancelled"
@@ -299,7 +315,7 @@ def _tell_job(job: ClientJob, address: str, values: dict[str, Any]) -> None:
         job.state = "error"
         job.ending.set_exception(DaemonError(values["code"], values["sentence"]))
     if job.ending.done():
-        job.ending.exception()  # looked at, so that nobody who does not wait is warned of it
+        job.ending.exception()  # as in `lost`
 
 
 @asynccontextmanager
@@ -332,6 +348,40 @@ async def connect(
         yield client
     finally:
         closing.close()
+
+
+def _is_path(name: str, value: Value) -> bool:
+    return bool(value) and isinstance(value, str) and (name in PATHS or name.startswith("stem:"))
+
+
+def _absolute(name: str, value: Value) -> Value:
+    return str(Path(str(value)).expanduser().absolute()) if _is_path(name, value) else value
+
+
+def _copy_in(asked: Mapping[str, Value], folder: Path) -> dict[str, Value]:
+    """The request with its files copied into `folder`, which the daemon removes when the job ends.
+
+    Raises BacklineError where a file cannot be read or there is no room.
+    """
+    copied = dict(asked)
+    try:
+        for name, value in asked.items():
+            if not _is_path(name, value):
+                continue
+            source, target = Path(str(value)), folder / name.replace(":", "-") / Path(str(value)).name
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            copied[name] = str(target)
+            if not source.is_dir():
+                shutil.copyfile(source, target)
+                continue
+            target.mkdir(mode=0o700, exist_ok=True)
+            for path in source.iterdir():
+                if path.suffix.lower() in EXTENSIONS and path.is_file():
+                    shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise BacklineError(f"{error.filename or folder}: {error.strerror or error}.") from error
+    return copied
 
 
 def message_of(address: str, arguments: list[Value]) -> bytes:

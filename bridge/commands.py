@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from bridge import ardour_commands
+from bridge import ardour_commands, session_commands
 from bridge import demo as demo_job
 from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
 from bridge.models import describe, find_bundle, list_bundles, models_folder
-from bridge.serve_commands import serve
+from bridge.serve_commands import send, serve
 from engine.errors import BacklineError
 from engine.model import Device, Model
 from engine.separation import Method
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(ardour_commands.app, name="ardour")
+app.add_typer(session_commands.app, name="session")
 
 logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings are said here, once
 
@@ -58,6 +60,12 @@ Chords = Annotated[
 ]
 BeatsPerBar = Annotated[int, typer.Option("--beats-per-bar", help="Metre, with --bpm.")]
 FirstBeat = Annotated[float, typer.Option("--first-beat", help="Second at which a bar begins, with --bpm.")]
+
+
+@functools.cache
+def command() -> Any:
+    """All the commands, built once: a process that runs several command lines, as tests do, saves the time."""
+    return typer.main.get_command(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -307,6 +315,7 @@ def doctor(model: ModelName = None, device: DeviceName = "auto", json_output: Js
 
 
 app.command()(serve)
+app.command()(send)
 
 
 def _open(model: str | None, device: Device) -> Model:

@@ -118,9 +118,9 @@ def _is_trusted(daemon: Daemon, peer: Peer, envelope: dict[str, Any]) -> bool:
     return given is None and daemon.trusted.get(peer) is not None
 
 
-async def serve(config: Config, ready: Callable[[Daemon], None] | None = None) -> None:
+async def run(config: Config, ready: Callable[[], None]) -> None:
     """Runs until SIGTERM or SIGINT. Raises BacklineError where it cannot start."""
-    root = _make_root(config.root)
+    root = prepare_root(config.root)
     lock = _lock(root)
     try:
         database, reader = open_database(root), open_database(root)
@@ -142,8 +142,7 @@ async def serve(config: Config, ready: Callable[[Daemon], None] | None = None) -
         loop.create_task(jobs.tick(daemon)),
     ]
     event("started", pid=os.getpid(), hosts=list(config.hosts), port=config.port, root=str(root.folder))
-    if ready is not None:
-        ready(daemon)
+    ready()
     waiting = loop.create_task(stopped.wait())
     try:
         await asyncio.wait([waiting, *work], return_when=asyncio.FIRST_COMPLETED)
@@ -185,7 +184,8 @@ async def _listen(daemon: Daemon) -> list[Any]:
         raise BacklineError(f"The daemon cannot listen on {where}: {reason}.") from error
 
 
-def _make_root(folder: Path) -> Root:
+def prepare_root(folder: Path) -> Root:
+    """The daemon's folders, made. Raises BacklineError."""
     try:
         return make_root(folder)
     except OSError as error:

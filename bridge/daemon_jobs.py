@@ -44,6 +44,7 @@ from bridge.store import (
     find,
     latest,
     read_result,
+    remove_inputs,
     retain,
     save,
     unfetched_bytes,
@@ -449,6 +450,7 @@ async def finish(
     with contextlib.suppress(sqlite3.Error):  # a full disk: `tick` tries again
         await on_disk(daemon, save, daemon.database, row)
         daemon.jobs.pop(row.id, None)
+    await on_disk(daemon, remove_inputs, daemon.root, row.id)
     for packet in ending_packets(daemon.root, row):
         publish(daemon, "jobs", packet, also=job.target)
     if state == "done":

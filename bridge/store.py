@@ -159,6 +159,9 @@ def recover(connection: sqlite3.Connection, root: Root) -> list[Row]:
             row.ended = time.time()
         save(connection, row)
         changed.append(row)
+    for path in root.inputs.iterdir():
+        if find(connection, path.name) is not None:
+            _remove(path)
     for row in _rows(connection.execute("select * from jobs where bytes > 0")):
         if not (root.jobs / row.id).is_dir():  # somebody removed it
             row.bytes = 0
@@ -183,6 +186,11 @@ def read_result(root: Root, job_id: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def remove_inputs(root: Root, job_id: str) -> None:
+    """What a client put into `inputs/ID` for a job that has ended now."""
+    _remove(root.inputs / job_id)
 
 
 def apply_result(row: Row, found: dict[str, Any]) -> None:
