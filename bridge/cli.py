@@ -40,9 +40,9 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit status."""
     try:
-        from bridge.commands import app
+        from bridge.commands import command
 
-        status = app(list(arguments), prog_name="backline", standalone_mode=False)
+        status = command()(list(arguments), prog_name="backline", standalone_mode=False)
         sys.stdout.flush()
     except BacklineError as error:
         return _failed(str(error), error.exit_code, arguments)

@@ -64,7 +64,7 @@ FirstBeat = Annotated[float, typer.Option("--first-beat", help="Second at which 
 
 @functools.cache
 def command() -> Any:
-    """All the commands, built once: a process that runs several command lines, as tests do, saves the time."""
+    """All the commands, built once: a process that runs several command lines saves the time."""
     return typer.main.get_command(app)
 
 

@@ -21,7 +21,7 @@ from engine.model import Model
 from engine.separation import RESIDUAL
 from engine.take import Callback, Settings
 from engine.tasks import fill, split
-from plugin_host.host import Grid, Placement, Span, Track, TrackHost, audible
+from plugin_host.host import Grid, Placement, Span, Track, TrackHost, audible, mix_down
 
 SPREAD = 6.0  # LU that a fill may be louder or quieter than the stems it plays with are on average
 MAX_BEATS = 16
@@ -232,7 +232,7 @@ def listen(host: TrackHost, stems: Sequence[str], span: Span | None = None) -> H
         # A second piano beside an armed one is no context for the model's piano, but it sounds.
         role = track.role if track.role in stems and track.role not in armed else None
         parts.setdefault(role or "", []).append(read(exported[track.id]))
-    sums = {role: _sum(group) for role, group in parts.items()}
+    sums = {role: mix_down(group) for role, group in parts.items()}
     if all(is_silent(part) for part in sums.values()):
         raise BacklineError(
             "There is nothing to play along with: no track that is neither armed nor muted sounds there."
@@ -320,15 +320,6 @@ def _track(host: TrackHost, track_id: str) -> Track:
         if track.id == track_id:
             return track
     raise UsageError(f"The session has no track {track_id}.")
-
-
-def _sum(parts: Sequence[Audio]) -> Audio:
-    """At as many channels as the widest has; a mono part sounds in all of them."""
-    channels = max(part.channels for part in parts)
-    total = np.zeros((channels, parts[0].length), np.float32)
-    for part in parts:
-        total[: channels if part.channels == 1 else part.channels] += part.samples
-    return Audio(total, parts[0].sample_rate)
 
 
 def _usable(grid: Grid | None) -> Grid | None:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from engine.audio import Audio, read
+from engine.audio import Audio, empty, read
 from engine.errors import BacklineError
 
 
@@ -128,17 +126,20 @@ def audible(tracks: Iterable[Track]) -> list[Track]:
 
 
 def bounce(host: TrackHost, span: Span | None = None) -> Audio:
-    """The sum of the audible tracks, at as many channels as the widest has (a mono track sounds in all).
+    """The sum of the audible tracks, as `mix_down`. Raises BacklineError where nothing is audible."""
+    paths = host.export([track.id for track in audible(host.tracks())], span)
+    return mix_down([read(path, shortest=0) for path in paths.values()])
 
-    Raises BacklineError where nothing is audible.
+
+def mix_down(parts: Sequence[Audio]) -> Audio:
+    """The sum of parts of one length, at as many channels as the widest has (a mono part sounds in all).
+
+    Raises BacklineError where there is none.
     """
-    parts = [
-        read(path) for path in host.export([track.id for track in audible(host.tracks())], span).values()
-    ]
     if not parts:
         raise BacklineError("The session has no audible track to bounce.")
     channels = max(part.channels for part in parts)
-    mix = np.zeros((channels, parts[0].length), np.float32)
+    mix = empty(channels, parts[0].length)
     for part in parts:
-        mix[: mix.shape[0] if part.channels == 1 else part.channels] += part.samples
+        mix[: channels if part.channels == 1 else part.channels] += part.samples
     return Audio(mix, parts[0].sample_rate)

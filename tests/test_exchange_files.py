@@ -192,7 +192,8 @@ FOREIGN = """<?xml version="1.0"?><Project version="1.0"><Application name="x" v
 <Arrangement id="d"><Lanes id="e" timeUnit="beats"><Lanes id="f" track="b"><Clips id="g">
 <Clip time="2" duration="2" playStart="0"><Clips id="h"><Clip time="0" duration="1" contentTimeUnit="beats">
 <Warps id="i" contentTimeUnit="seconds" timeUnit="beats">
-<Audio id="j" channels="1" sampleRate="44100" duration="1"><File path="x.wav"/></Audio><Warp time="0" contentTime="0"/><Warp time="1" contentTime="1"/></Warps>
+<Audio id="j" channels="1" sampleRate="44100" duration="1"><File path="x.wav"/></Audio>
+<Warp time="0" contentTime="0"/><Warp time="1" contentTime="1"/></Warps>
 </Clip></Clips></Clip></Clips></Lanes></Lanes></Arrangement></Project>"""
 
 
