@@ -43,6 +43,7 @@ from bridge.store import (
     files_of,
     find,
     latest,
+    mark_fetched,
     read_result,
     remove_inputs,
     retain,
@@ -112,13 +113,13 @@ def fetched(daemon: Daemon, peer: Peer, target: Peer, values: dict[str, Any]) ->
         raise Refused("value", f"The job {row.id} has not ended: there is nothing to fetch yet.")
 
     async def answer() -> None:
-        row.fetched = 1
         try:
-            await on_disk(daemon, save, daemon.database, row)
+            await on_disk(daemon, mark_fetched, daemon.database, row.id)
         except sqlite3.Error as error:
             send_error(daemon, peer, target, _disk(error), "/backline/job/fetched", row.id)
             return
-        send(daemon, target, state_packet(row, None))
+        daemon.unfetched = unfetched_bytes(daemon.reader)
+        send(daemon, target, state_packet(replace(row, fetched=1), None))
         await _retain(daemon)
 
     background(daemon, answer())

@@ -201,6 +201,11 @@ def apply_result(row: Row, found: dict[str, Any]) -> None:
     row.bytes, row.ended = int(found["bytes"]), float(found["ended"])
 
 
+def mark_fetched(connection: sqlite3.Connection, job_id: str) -> None:
+    """A host has the results: they may go when their room is wanted."""
+    connection.execute("update jobs set fetched = 1 where id = ?", (job_id,))
+
+
 def retain(connection: sqlite3.Connection, root: Root, count: int, size: int) -> list[str]:
     """Removes fetched results, the oldest first, until at most `count` jobs and `size` bytes are left.
 

@@ -187,6 +187,13 @@ def _model(worker: Worker, path: str | None) -> Model:
 
 def _run(worker: Worker, job: dict[str, Any], live: bool) -> None:
     """Does a job to its end and says how it ended: exactly one of done, failed, cancelled."""
+    ending = _ending(worker, job, live)
+    worker.cancelled.discard(job["id"])
+    _say(worker, id=job["id"], **ending)
+
+
+def _ending(worker: Worker, job: dict[str, Any], live: bool) -> dict[str, Any]:
+    """Does a job to its end; nothing half made is left when this returns what is to be said of it."""
     job_id = job["id"]
     work = worker.root.work / f"{job_id}.{secrets.token_hex(4)}"
     try:
@@ -198,19 +205,18 @@ def _run(worker: Worker, job: dict[str, Any], live: bool) -> None:
             raise Cancelled("The job was cancelled.")
         work.rename(worker.root.jobs / job_id)
         sync_folder(worker.root.jobs)
-        _say(worker, say="done", id=job_id, **facts)
+        return {"say": "done", **facts}
     except Cancelled:
-        _say(worker, say="cancelled", id=job_id)
+        return {"say": "cancelled"}
     except Exception as error:
         code = _code(error)
         if code == "memory":
             worker.model = worker.model_path = None  # its arena never shrinks: the next job starts afresh
         if code == "internal":
             sys.excepthook(type(error), error, error.__traceback__)
-        _say(worker, say="failed", id=job_id, code=code, sentence=_sentence(error))
+        return {"say": "failed", "code": code, "sentence": _sentence(error)}
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        worker.cancelled.discard(job_id)
 
 
 def _callback(worker: Worker, job_id: str, live: bool) -> Callback:

@@ -157,7 +157,9 @@ def wait_loaded(running: Running, seconds: float = 60.0) -> dict[str, Any]:
     talk = Talk(running.port)
     try:
         while time.monotonic() < deadline:
-            assert running.process.poll() is None, (running.root.parent / f"{running.root.name}.err").read_text()
+            assert running.process.poll() is None, (
+                running.root.parent / f"{running.root.name}.err"
+            ).read_text()
             with contextlib.suppress(OSError):
                 talk.send("/backline/hello", "waiting")
                 heard = talk.hear(0.2)

@@ -1,4 +1,4 @@
-"""Bytes that may come from anywhere: what is OSC is read as python-osc reads it, everything else is refused."""
+"""Bytes from anywhere: what is OSC is read as python-osc reads it, everything else is refused."""
 
 from __future__ import annotations
 
