@@ -11,6 +11,7 @@ either.
 
 from __future__ import annotations
 
+import lzma
 import pickle
 import struct
 import tarfile
@@ -43,6 +44,18 @@ DTYPES = {
     "UntypedStorage": torch.uint8,
 }
 COPY_BLOCK = 1 << 22
+# What zipfile and tarfile raise over damaged bytes: their own errors, and others where they trust a field.
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RuntimeError,  # NotImplementedError among them
+)
 
 Progress = Callable[[str, float], None]
 
@@ -165,7 +178,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise BacklineError(f"{path} does not exist.") from error
     except IsADirectoryError as error:
         raise BacklineError(f"{path} is a folder, not a checkpoint.") from error
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except DAMAGE as error:
         raise BacklineError(f"{path} is truncated or damaged: download it again.") from error
     except OSError as error:
         raise BacklineError(f"{path} cannot be read: {error.strerror or error}.") from error

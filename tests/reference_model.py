@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from export.hifigan import HifiGan
 from export.kl_vae import KlVae
@@ -82,6 +83,71 @@ def small_config(**unet: Any) -> dict[str, Any]:
 def write_config(path: Path, tree: dict[str, Any]) -> ReferenceConfig:
     path.write_text(json.dumps(tree))
     return read_config(path)
+
+
+def release_yaml(tree: dict[str, Any]) -> str:
+    """A JSON configuration in the release's own shape: YAML, nested, annotated, with much that is not read.
+
+    The release describes no vocoder and comments out what is switched off, so such entries are null.
+    """
+    mel = tree["hifigan"]
+    condition = "CLAPAudioEmbeddingClassifierFreev2" if tree["unet"].get("extra_film_condition_dim") else None
+    nested = {
+        "project_name": "multichannel_slakh",
+        "mode": "test",
+        "trainer": {"max_epochs": 1200, "limit_train_batches": None, "devices": [0]},
+        "data": {
+            "target": "src.utilities.data.datamodule.DataModuleFromConfig",
+            "params": {
+                "batch_size": 2,
+                "path": {"dataset_type": "MultiSource_Slakh", "label_data": None, "stems": tree["stems"]},
+                "preprocessing": {
+                    "audio": {"sampling_rate": mel["sampling_rate"], "max_wav_value": 32768.0},
+                    "stft": {
+                        "filter_length": mel["n_fft"],
+                        "hop_length": mel["hop_size"],
+                        "win_length": mel["win_size"],
+                    },
+                    "mel": {
+                        "n_mel_channels": mel["num_mels"],
+                        "mel_fmin": mel["fmin"],
+                        "mel_fmax": mel["fmax"],
+                        "target_length": 1024,
+                    },
+                },
+            },
+        },
+        "model": {
+            "target": "latent_diffusion.models.musicldm.MusicLDM",
+            "params": {
+                **{key: tree[key] for key in ("num_stems", "linear_start", "linear_end", "timesteps")},
+                "base_learning_rate": 3.0e-05,
+                "first_stage_key": "fbank_stems",
+                "conditioning_key": "film",
+                "latent_t_size": tree.get("latent_t_size", 256),
+                "ckpt_path": None,
+                "unet_config": {
+                    "target": "latent_diffusion.modules.diffusionmodules.openaimodel.UNetModel",
+                    "params": tree["unet"],
+                },
+                "first_stage_config": {
+                    "target": "latent_encoder.autoencoder.AutoencoderKL",
+                    "params": {
+                        "reload_from_ckpt": "lightning_logs/musicldm_checkpoints/vae-ckpt.ckpt",
+                        "subband": 1,
+                        "embed_dim": tree["embed_dim"],
+                        "mel_num": mel["num_mels"],
+                        "lossconfig": {"target": "LPIPSWithDiscriminator", "params": {"kl_weight": 1.0}},
+                        "ddconfig": tree["first_stage_ddconfig"] | {"hifigan_ckpt": "hifigan-ckpt.ckpt"},
+                    },
+                },
+                "cond_stage_config": {"target": condition} if condition else "__is_unconditional__",
+                "evaluation_params": {"unconditional_guidance_scale": 2.0, "ddim_sampling_steps": 200},
+            },
+        },
+    }
+    text = yaml.safe_dump(nested, sort_keys=False)
+    return text.replace(": null", ": # left out").replace("max_epochs: 1200", "max_epochs: 1200 # enough")
 
 
 def random_checkpoint(config: ReferenceConfig, seed: int = 0) -> dict[str, Any]:

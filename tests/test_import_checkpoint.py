@@ -8,7 +8,11 @@ import io
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections import OrderedDict
 from itertools import combinations
 from pathlib import Path
@@ -18,9 +22,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-import yaml
 from command import backline, refused
-from reference_model import random_checkpoint, small_config, write_config
+from reference_model import random_checkpoint, release_yaml, small_config, write_config
 
 from engine.audio import Audio
 from engine.errors import BacklineError, Cancelled, UsageError
@@ -86,8 +89,15 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"num_stems": 5, "stems": ["bass", "drums", "guitar", "piano", "strings"]},
     ),
-    "unconditional, two blocks a level": (
-        {"num_res_blocks": 2, "channel_mult": [2, 1], "extra_film_condition_dim": None, "no_condition": True},
+    "unconditional, two blocks a level, heads counted": (
+        {
+            "num_res_blocks": 2,
+            "channel_mult": [1, 2],
+            "num_head_channels": -1,
+            "num_heads": 4,
+            "extra_film_condition_dim": None,
+            "no_condition": True,
+        },
         {},
     ),
 }
@@ -111,8 +121,8 @@ def test_another_size_of_the_same_layout(size: str, tmp_path: Path) -> None:
     unet_, vae, vocoder = _networks(files.path, config)
     rng = np.random.default_rng(0)
     stems, z, _, f = manifest.latent_shape
-    for batch, time in ((1, 16), (2, 21)):  # 21 halves unevenly
-        x = rng.standard_normal((batch, stems, z, time, f), np.float32)
+    for batch, length in ((1, 16), (2, 21)):  # 21 halves unevenly
+        x = rng.standard_normal((batch, stems, z, length, f), np.float32)
         film = rng.standard_normal((batch, config.unet.film_dim or 0), np.float32)
         conditions = {"film": film} if config.unet.film_dim else {}
         with torch.no_grad():
@@ -161,39 +171,14 @@ def test_summary_lists_what_was_left(files: Files, tmp_path: Path) -> None:
 
 
 def test_release_yaml_says_the_same_as_json(files: Files, tmp_path: Path) -> None:
-    tree = files.tree
-    text = yaml.safe_dump(
-        {
-            "model": {
-                "target": "latent_diffusion.models.musicldm.MusicLDM",
-                "params": {
-                    **{key: tree[key] for key in ("linear_start", "linear_end", "timesteps", "num_stems")},
-                    "latent_t_size": 32,
-                    "unet_config": {"params": tree["unet"] | {"image_size": 64}},
-                    "first_stage_config": {
-                        "params": {"embed_dim": 5, "ddconfig": tree["first_stage_ddconfig"], "subband": 1}
-                    },
-                    "evaluation_params": {"ddim_sampling_steps": 200, "unconditional_guidance_scale": 2.0},
-                },
-            },
-            "data": {
-                "params": {
-                    "path": {"stems": ["Bass", "Drums", "Piano"]},
-                    "preprocessing": {
-                        "audio": {"sampling_rate": 16000},
-                        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024},
-                        "mel": {"n_mel_channels": 32, "mel_fmin": 0, "mel_fmax": 8000},
-                    },
-                }
-            },
-        }
-    )
     path = tmp_path / "release.yaml"
-    path.write_text(text)
+    tree = files.tree | {"hifigan": files.tree["hifigan"] | {"hop_size": 160}}
+    path.write_text(release_yaml(tree | {"stems": ["Bass", "Drums", "Piano"]}))
     config = read_config(path)
     assert (config.unet, config.vae) == (files.config.unet, files.config.vae)
     assert config.stems == ("bass", "drums", "piano") and config.steps == 200 and config.guidance == 2.0
     assert config.mel.hop == config.vocoder.hop == 160 and not config.vocoder_known
+    assert (config.schedule, config.window_frames) == (files.config.schedule, 32)
 
 
 def test_separate_vae_and_vocoder(files: Files, tmp_path: Path) -> None:
@@ -361,6 +346,8 @@ def test_other_models_are_recognised(files: Files, tmp_path: Path) -> None:
     assert "plain MusicLDM" in files.refused(saved("plain.ckpt", {"state_dict": flat}))
     stable = flat | {"cond_stage_model.transformer.text_model.x": torch.zeros(1)}
     assert "Stable Diffusion" in files.refused(saved("sd.ckpt", {"state_dict": stable}))
+    larger = flat | {"conditioner.embedders.0.transformer.x": torch.zeros(1)}
+    assert "Stable Diffusion" in files.refused(saved("sdxl.ckpt", {"state_dict": larger}))
     vae = {"encoder.conv_in.weight": torch.zeros(8, 1, 3, 3)}
     assert "--vae" in files.refused(saved("vae.ckpt", {"state_dict": vae}))
     generator = {"generator": {"conv_pre.weight_g": torch.zeros(8, 1, 1)}}
@@ -398,6 +385,18 @@ def test_configurations_that_do_not_fit(files: Files, tmp_path: Path) -> None:
     assert "no model configuration" in refused(small_config() | {"unet": [1]})
     assert "no model configuration" in refused(small_config(channel_mult=3))
     assert "multiples of 32" in refused(small_config(model_channels=40))
+    assert "'num_head_channels'" in refused(small_config(num_head_channels=-1))
+    assert "num_heads_upsample" in refused(
+        small_config(num_head_channels=-1, num_heads=4, num_heads_upsample=2)
+    )
+    vae, vocoder = small_config()["first_stage_ddconfig"], small_config()["hifigan"]
+    assert "VAE's width" in refused(small_config() | {"first_stage_ddconfig": vae | {"ch": 40}})
+    assert "2-D UNet" in refused(small_config() | {"first_stage_ddconfig": vae, "unet": {"dims": None}})
+    assert "no model configuration" in refused(
+        small_config() | {"first_stage_ddconfig": vae | {"ch_mult": []}}
+    )
+    short = vocoder | {"upsample_kernel_sizes": [8, 8]}
+    assert "do not go together" in refused(small_config() | {"hifigan": short})
     assert "shape" in refused(small_config(model_channels=64))
     assert "neither YAML nor JSON" in refused("{")
     assert "no model configuration" in refused("[1]")
@@ -415,6 +414,67 @@ def test_options_and_target(files: Files, tmp_path: Path) -> None:
     with pytest.raises(BacklineError, match="exists"):
         import_checkpoint(files.path, files.config_path, tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_where_there_can_be_no_bundle(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BacklineError, match="no folder"):
+        import_checkpoint(files.path, files.config_path, tmp_path / "file" / "bundle")
+    archive = tmp_path / "release.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(files.path, "last.ckpt")
+    unpacking = open_checkpoint(archive, scratch=tmp_path / "nowhere")
+    with pytest.raises(BacklineError, match=r"release\.tar cannot be unpacked in .*nowhere"), unpacking:
+        pass
+    with pytest.raises(Cancelled):
+        import_checkpoint(
+            files.path, files.config_path, tmp_path / "new" / "deep", callback=_cancel_in_vocoder
+        )
+    assert not (tmp_path / "new").exists(), "a folder made for a bundle goes with it"
+
+
+def _cancel_in_vocoder(phase: str, fraction: float) -> None:
+    if phase == "writing vocoder":
+        raise Cancelled("stopped")
+
+
+def test_separate_files_that_hold_something_else(files: Files) -> None:
+    """Named by the option, each by what it lacks."""
+    assert "holds no CLAP" in files.refused(files.path, clap=files.path)
+    config = files.folder / "config.json"
+    for option in ("vae", "vocoder", "clap"):
+        assert "config.json is no PyTorch checkpoint" in files.refused(files.path, **{option: config})
+    clap = files.folder / "clap.pt"
+    torch.save({"state_dict": {"module.text_branch.x": torch.zeros(1)}}, clap)
+    assert "holds no VAE" in files.refused(files.path, vae=clap)
+    assert "holds no vocoder" in files.refused(files.path, vocoder=clap)
+    clap.unlink()
+
+
+def test_no_damage_gets_through(tmp_path: Path) -> None:
+    """Whatever happens to a file's bytes, reading it ends in its tensors or in one sentence."""
+    rng = np.random.default_rng(0)
+    state = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.int64)}
+    endings = {True: 0, False: 0}
+    for zipped in (True, False):
+        whole = tmp_path / "whole.ckpt"
+        torch.save({"state_dict": state, "x": [1, "y", None]}, whole, _use_new_zipfile_serialization=zipped)
+        content = whole.read_bytes()
+        for number in range(150):
+            data = bytearray(content[: rng.integers(len(content))] if number % 3 == 0 else content)
+            for place in rng.integers(len(data), size=rng.integers(1, 4)) if data else ():
+                data[place] = rng.integers(256)
+            (tmp_path / "hurt.ckpt").write_bytes(data)
+            try:
+                with open_checkpoint(tmp_path / "hurt.ckpt") as checkpoint:
+                    source = Source(checkpoint, checkpoint.tensors("state_dict"))
+                    for name in source.tensors:
+                        source.read(name)
+                endings[True] += 1
+            except BacklineError as error:
+                assert str(error).endswith(".") and "\n" not in str(error)
+                endings[False] += 1
+    assert min(endings.values()) > 20, "some damage is found, and some hits nothing that is read"
 
 
 def test_the_command(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,6 +500,24 @@ def test_cancelling_leaves_nothing(files: Files, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         import_checkpoint(files.path, files.config_path, tmp_path / "bundle", callback=callback)
     assert "writing unet" in phases and not any(tmp_path.iterdir())
+
+
+def test_interrupting_the_command_leaves_nothing(files: Files, tmp_path: Path) -> None:
+    """Ctrl-C while the bundle is being written, as a terminal sends it; a tar has been unpacked by then."""
+    archive = tmp_path / "release.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(files.path, "run/checkpoints/last.ckpt")
+    command = [sys.executable, "-P", "-m", "bridge.cli", "import", str(archive)]
+    command += ["--config", str(files.config_path), "--out", str(tmp_path / "new" / "bundle")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("new/.bundle.*/*.onnx")) and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.002)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 1 and said.strip() == "Stopped; nothing half-written is left."
+    assert list(tmp_path.iterdir()) == [archive]
 
 
 def test_every_task_runs_on_an_imported_model(tiny_reference_bundle: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from command import backline
 from numpy.typing import NDArray
-from reference_model import parity_folder
+from reference_model import parity_folder, release_yaml
 
+from engine.bundle import load_bundle
 from engine.denoisers import guided, inpainted
 from engine.features import hann, log_mel, mel_filterbank
 from engine.manifest import Manifest, Mel
@@ -181,6 +185,23 @@ def _mel_in_float64(audio: Array, mel: Mel) -> NDArray[np.float64]:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(mel.n_fft) / mel.n_fft)
     bands = np.abs(np.fft.rfft(frames * window)) @ mel_filterbank(mel).astype(np.float64)
     return np.log(np.maximum(bands, mel.floor))
+
+
+def test_release_yaml_makes_the_same_bundle(
+    kind: str, bundles: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command, with the release's kind of archive and configuration, which knows no vocoder."""
+    folder = parity_folder() / kind
+    (tmp_path / "release.yaml").write_text(release_yaml(json.loads((folder / "config.json").read_text())))
+    with tarfile.open(tmp_path / "release.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(folder / "last.ckpt", "2024-03-25T00-55-31_3_D_4_stems/checkpoints/last.ckpt")
+    arguments = ("--config", tmp_path / "release.yaml", "--out", tmp_path / "bundle")
+    ran = backline(capsys, "import", tmp_path / "release.tar.gz", *arguments)
+    assert ran.status == 0 and "read unet" in ran.out and f"{tmp_path / 'bundle'} is ready" in ran.out
+    ours, theirs = (load_bundle(path).manifest for path in (tmp_path / "bundle", bundles("fp32")))
+    assert ours.files == theirs.files, "the same graphs, byte for byte"
+    assert ours.networks == theirs.networks and ours.mel == theirs.mel and ours.stems == theirs.stems
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "release.tar.gz", "release.yaml"]
 
 
 def test_half_precision_halves_the_bundle(bundles: Callable[[str], Path]) -> None:
