@@ -108,7 +108,9 @@ def write_report(name: str, title: str, facts: dict[str, Any], lines: Sequence[s
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     machine = facts["machine"]
-    about = f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average'][0]} at the end"
+    about = (
+        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average'][0]} at the end"
+    )
     text = [f"# {title}", "", f"{facts['date']}; {about}. Figures: `{name}.json`.", "", *lines]
     (RESULTS / f"{name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))

@@ -1,7 +1,7 @@
 """Hours of short jobs: does the daemon's memory grow?
 
-    python -m bench.daemon_soak --hours 2 --every 10 --log soak.jsonl     # a line per job, as it goes
-    python -m bench.daemon_soak --report soak.jsonl                      # at any time
+python -m bench.daemon_soak --hours 2 --every 10 --log soak.jsonl     # a line per job, as it goes
+python -m bench.daemon_soak --report soak.jsonl                      # at any time
 """
 
 from __future__ import annotations
@@ -44,24 +44,28 @@ async def one_job(port: int, number: int) -> str:
 
 def measure(hours: float, jobs: int, every: float, log: Path) -> None:
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="backline-soak-") as folder, log.open("w") as out:
-        with daemon(Path(folder) / "root", port, "--threads", "1", "--keep-jobs", "5") as process:
-            started = time.monotonic()
-            number = 0
-            while time.monotonic() - started < hours * 3600 and number < jobs:
-                ended = asyncio.run(one_job(port, number))
-                number += 1
-                line = {
-                    "job": number,
-                    "seconds": round(time.monotonic() - started, 1),
-                    "ended": ended,
-                    "daemon": resident(process.pid),
-                    "worker": sum(resident(pid) for pid in children(process.pid)),
-                    "workers": len(children(process.pid)),
-                }
-                out.write(json.dumps(line) + "\n")
-                out.flush()
-                time.sleep(every)
+    options = ("--threads", "1", "--keep-jobs", "5")
+    with (
+        tempfile.TemporaryDirectory(prefix="backline-soak-") as folder,
+        log.open("w") as out,
+        daemon(Path(folder) / "root", port, *options) as process,
+    ):
+        started = time.monotonic()
+        number = 0
+        while time.monotonic() - started < hours * 3600 and number < jobs:
+            ended = asyncio.run(one_job(port, number))
+            number += 1
+            line = {
+                "job": number,
+                "seconds": round(time.monotonic() - started, 1),
+                "ended": ended,
+                "daemon": resident(process.pid),
+                "worker": sum(resident(pid) for pid in children(process.pid)),
+                "workers": len(children(process.pid)),
+            }
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            time.sleep(every)
 
 
 def report(log: Path, name: str) -> None:
@@ -94,8 +98,8 @@ def report(log: Path, name: str) -> None:
         f"Daemon: {facts['jobs']} jobs in {facts['hours']} h",
         facts,
         [
-            "Generate, split, cancelled and fill jobs in turn, over TCP and UDP. Resident memory in MB after each",
-            "job; growth against the 20th job must be below 5 %.",
+            "Generate, split, cancelled and fill jobs in turn, over TCP and UDP. Resident memory in MB after",
+            "each job; growth against the 20th job must be below 5 %.",
             "",
             f"How they ended: {facts['ended']}. Workers at the end: {lines[-1]['workers']}.",
             "",
