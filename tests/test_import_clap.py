@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from command import RATE, backline, noise
 from laion_reference import SECONDS, TEXTS
 from reference_model import random_checkpoint, small_config, write_config
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -366,7 +368,9 @@ def laion(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert not summary.missing and set(summary.manifest.capabilities) == {"text", "audio"}
     own = [name for name in summary.unused if name.startswith("module.")]
-    unused = r"relative_position_index|attn_mask|tscam_conv|head|position_ids|num_batches|logit_scale|_transform"
+    unused = (
+        r"relative_position_index|attn_mask|tscam_conv|head|position_ids|num_batches|logit_scale|_transform"
+    )
     assert own and [name for name in own if not re.search(unused, name)] == []
     return folder
 
@@ -433,3 +437,31 @@ def test_towers_that_do_not_fit(files: Path, words: Path, tmp_path: Path) -> Non
     (large / "merges.txt").write_text((words / "merges.txt").read_text())
     assert f"{len(tokens)} tokens" in refused(files / "main.ckpt", tokenizer=large)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_every_task_through_the_command(
+    files: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user's session: import with separate files, then prompts, arrangement and every way to separate."""
+    bundle = tmp_path / "bundle"
+    separate = ("--clap", files / "clap.pt", "--tokenizer", words, "--weights", "raw", "--precision", "fp16")
+    common = ("--config", files / "config.json", "--out", bundle, *separate)
+    ran = backline(capsys, "import", files / "bare.ckpt", *common)
+    assert ran.status == 0 and "missing:" not in ran.out, ran
+    assert "read clap_text" in ran.out and "unused: module.audio_branch" in ran.out
+    model = ("--model", bundle, "--steps", "2", "--seed", "1")
+    sung = tmp_path / "reference.wav"
+    soundfile.write(sung, noise(2.0), RATE)
+    for i, prompt in enumerate(([], ["--text", "warm bass"], ["--audio", sung])):
+        out = tmp_path / f"generated{i}"
+        ran = backline(capsys, "generate", *model, "--seconds", "1", *prompt, "--out", out)
+        assert ran.status == 0 and (out / "mix.wav").is_file(), ran
+    context = tmp_path / "context"
+    context.mkdir()
+    soundfile.write(context / "bass.wav", noise(1.0), RATE)
+    ran = backline(capsys, "fill", context, *model, "--arm", "drums,piano", "--out", tmp_path / "filled")
+    assert ran.status == 0 and soundfile.info(tmp_path / "filled" / "piano.wav").samplerate == RATE, ran
+    for method in ("mask", "dirac", "gaussian"):
+        out = tmp_path / method
+        ran = backline(capsys, "split", sung, *model, "--method", method, "--out", out)
+        assert ran.status == 0 and soundfile.info(out / "drums.wav").frames == 2 * RATE, ran
