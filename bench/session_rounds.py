@@ -16,7 +16,6 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from plugin_host.session import SessionHost
 from plugin_host.session_file import HISTORY, TempoPoint
 
 RATE = 44100
-SHORTEST, LONGEST = 0.002, 0.3  # seconds that an editing process lives
+MOST_STEPS = 6  # that an editing process may confirm before it is killed within one of the next
+FIRST_GUESS = 0.05  # seconds that a step takes
 
 
 def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
@@ -43,8 +43,9 @@ def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
         "rounds": 0, "killed": 0, "confirmed_steps": 0, "under_way": 0, "half_written_files": 0,
         "lost": [], "unreadable": [], "astray": [],
     }  # fmt: skip
+    step_seconds = FIRST_GUESS
     for number in range(rounds):
-        lines = list(_edited_and_killed(song, rng))
+        lines, step_seconds = _edited_and_killed(song, rng, step_seconds)
         report["rounds"] += 1
         report["killed"] += 1
         report["confirmed_steps"] += len(lines)
@@ -68,24 +69,32 @@ def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
     return report
 
 
-def _edited_and_killed(song: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Fork a process that edits without pause, kill it; yields the steps that it had confirmed."""
-    seed, life = rng.randrange(1 << 30), rng.uniform(SHORTEST, LONGEST)
+def _edited_and_killed(song: Path, rng: random.Random, step: float) -> tuple[list[dict[str, Any]], float]:
+    """Fork a process that edits without pause, kill it after some steps, anywhere within the next two.
+
+    step: seconds that one took lately. Returns the steps that it had confirmed, and `step` anew.
+    """
+    seed, wanted = rng.randrange(1 << 30), rng.randrange(MOST_STEPS)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         _edit_for_ever(song, random.Random(seed), writing)
     os.close(writing)
-    time.sleep(life)
+    data, started = b"", time.monotonic()
+    while data.count(b"\n") < wanted and (part := os.read(reading, 1 << 16)):
+        data += part
+    if wanted:
+        step = 0.5 * step + 0.5 * (time.monotonic() - started) / wanted
+    time.sleep(rng.uniform(0, 2 * step))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as pipe:
-        data = pipe.read()
+        data += pipe.read()
     if not os.WIFSIGNALED(status):
         raise RuntimeError(f"the editing process ended by itself: {data.decode()[-400:]}")
-    for line in data.split(b"\n")[:-1]:  # what follows the last newline was not confirmed
-        yield json.loads(line)
+    # What follows the last newline was not confirmed.
+    return [json.loads(line) for line in data.split(b"\n")[:-1]], step
 
 
 def _edit_for_ever(song: Path, rng: random.Random, pipe: int) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from bridge.loudness import loudness
-from engine.audio import Audio, is_silent, read, resample, write
+from engine.audio import MIN_SECONDS, Audio, is_silent, read, resample, write
 from engine.conditions import MAX_BPM, MIN_BPM
 from engine.errors import BacklineError, UsageError
 from engine.model import Model
@@ -23,7 +23,7 @@ from engine.take import Callback, Settings
 from engine.tasks import fill, split
 from plugin_host.host import Grid, Placement, Span, Track, TrackHost, audible, mix_down
 
-SPREAD = 6.0  # LU that a fill may be louder or quieter than the stems it plays with are on average
+SPREAD = 3.0  # LU that a fill may be louder or quieter than the stems it plays with are on average
 MAX_BEATS = 16
 
 Warn = Callable[[str], None]
@@ -200,7 +200,7 @@ def split_to_tracks(
     else:
         track = _track(host, source)
         mute = [] if span else [track.id]
-        span = span or _everything(host)
+        span = _long_enough(span or _everything(host), host)
         title, position = track.name, span.start
         mix = read(host.export([track.id], span, sounding=False)[track.id])
     if is_silent(mix):
@@ -224,7 +224,7 @@ def listen(host: TrackHost, stems: Sequence[str], span: Span | None = None) -> H
     """The first half of `fill_armed`: who plays, and what there is to be heard."""
     tracks = host.tracks()
     armed = _armed(tracks, stems)
-    span = span or host.selection or _everything(host)
+    span = _long_enough(span or host.selection or _everything(host), host)
     playing = [track for track in audible(tracks) if not track.armed]
     exported = host.export([track.id for track in playing], span)
     parts: dict[str, list[Audio]] = {}
@@ -313,6 +313,13 @@ def _everything(host: TrackHost) -> Span:
     if host.length == 0:
         raise BacklineError("The session is empty: there is nothing to listen to.")
     return Span(0, host.length)
+
+
+def _long_enough(span: Span, host: TrackHost) -> Span:
+    if span.length < MIN_SECONDS * host.sample_rate:
+        seconds = f"{span.length / host.sample_rate:.2f}"
+        raise BacklineError(f"This stretch is only {seconds} s long; at least {MIN_SECONDS:g} s are needed.")
+    return span
 
 
 def _track(host: TrackHost, track_id: str) -> Track:

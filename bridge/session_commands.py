@@ -20,6 +20,7 @@ from engine.model import Device, Model
 from engine.take import Settings
 from plugin_host.exchange import export_session
 from plugin_host.exchange_import import import_session
+from plugin_host.exchange_rpp import audio_folder
 from plugin_host.host import Placement, Span, audible, mix_down
 from plugin_host.plugins import BUILT_IN, Control, describe, find_plugin, installed, keep_preset
 from plugin_host.roles import OTHER
@@ -27,7 +28,7 @@ from plugin_host.session import SessionHost, find_track
 from plugin_host.session_file import Parameter, PluginState, TempoPoint, TrackState
 
 USUAL_ROLES = ("bass", "drums", "guitar", "piano", OTHER)
-COLUMNS = 32  # of the picture of the regions
+COLUMNS = 12  # of the picture of the regions
 SAMPLES = "smp"  # ends a time that is given in samples
 
 app = typer.Typer(
@@ -354,10 +355,10 @@ def plugins(
     remove_effect: Annotated[list[int] | None, typer.Option("--remove", help="Remove effect N.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Show a track's effects, or change them; numbers count the chain as it was before."""
+    """Show a track's effects, or change them; numbers count the chain with what is added at its end."""
     host = _open(folder)
     found = find_track(host, track)
-    chain: list[PluginState | None] = list(found.plugins)
+    chain: list[PluginState | None] = [*found.plugins, *(find_plugin(word) for word in add_effect or [])]
     for number in [*(bypass or []), *(enable or []), *(remove_effect or [])]:
         _effect(chain, number)
     for text in preset or []:
@@ -375,7 +376,6 @@ def plugins(
         chain[number - 1] = _effect(chain, number).model_copy(update={"enabled": True})
     for number in remove_effect or []:
         chain[number - 1] = None
-    chain += [find_plugin(word) for word in add_effect or []]
     kept, controls = _described(host, found, [plugin for plugin in chain if plugin is not None])
     if tuple(kept) != found.plugins:
         host.set_plugins(found.id, kept, f"{found.name}: plugins")
@@ -384,9 +384,7 @@ def plugins(
         return
     for number, (plugin, shown) in enumerate(zip(kept, controls, strict=True), 1):
         state = "" if plugin.enabled else ", bypassed"
-        rows = [
-            [control.name, f"{control.value} {control.unit}".strip(), _range(control)] for control in shown
-        ]
+        rows = [[control.name, _shown(control), _range(control)] for control in shown]
         print_table(f"{number}. {plugin.name}{state}", ["parameter", "value", "range"], rows)
     if not kept:
         print(f"{found.name!r} has no effects.")
@@ -451,6 +449,8 @@ def export_command(
     host = _open(folder)
     warnings: list[str] = []
     _refuse(out, force)
+    if out.suffix.lower() == ".rpp":
+        _refuse(audio_folder(out), force)
     export_session(host, out, _telling(warnings))
     if json_output:
         print_json({"status": "done", "task": "export", "files": {"project": str(out)}, "warnings": warnings})
@@ -498,10 +498,10 @@ def show(folder: Folder, json_output: Json = False) -> None:
     points = host.state.tempo_map
     changes = f" and {len(points) - 1} changes" if len(points) > 1 else ""
     title = (
-        f"{folder}: {seconds:.2f} s, {host.sample_rate} Hz, {points[0].bpm:g} bpm, "
+        f"{folder.resolve().name}: {seconds:.2f} s, {host.sample_rate} Hz, {points[0].bpm:g} bpm, "
         f"{points[0].numerator}/{points[0].denominator}{changes}"
     )
-    columns = ["", "track", "plays", "state", "gain", "pan", "effects", "takes", "regions"]
+    columns = ["track", "plays", "state", "mix", "effects", "takes", "regions"]
     print_table(title, columns, rows)
     if host.file.past:
         print(f"The last step was: {host.file.label}. {len(host.file.past)} steps can be undone.")
@@ -676,6 +676,11 @@ def _described(
     return kept, controls
 
 
+def _shown(control: Control) -> str:
+    value = control.value
+    return f"{value:.6g} {control.unit}".strip() if isinstance(value, float) else str(value)
+
+
 def _range(control: Control) -> str:
     if control.choices:
         return ", ".join(control.choices)
@@ -691,17 +696,13 @@ def _refuse(path: Path, force: bool) -> None:
 
 def _row(host: SessionHost, track: TrackState) -> list[str]:
     flags = [("armed", track.armed), ("muted", track.muted), ("solo", track.soloed)]
-    side = (
-        "centre" if track.pan == 0 else f"{abs(track.pan) * 100:.0f} {'left' if track.pan < 0 else 'right'}"
-    )
+    side = "C" if track.pan == 0 else f"{'L' if track.pan < 0 else 'R'}{abs(track.pan) * 100:.0f}"
     names = [plugin.name if plugin.enabled else f"({plugin.name})" for plugin in track.plugins]
     return [
-        track.id,
-        track.name,
+        f"{track.id} {track.name}",
         track.role or "?",
         ", ".join(name for name, on in flags if on),
-        f"{track.gain_db:+.1f}",
-        side,
+        f"{track.gain_db:+.1f} {side}",
         ", ".join(names),
         str(sum(len(region.takes) for region in track.regions)),
         _picture(track, host.length),

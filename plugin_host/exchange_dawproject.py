@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -87,7 +88,7 @@ def _project(host: SessionHost, files: dict[str, Path]) -> Element:
 
     state = host.state
     project = Element("Project", version="1.0")
-    SubElement(project, "Application", name="Backline", version="0.1")
+    SubElement(project, "Application", name="Backline", version=version("backline"))
     transport = SubElement(project, "Transport")
     first = state.tempo_map[0]
     tempo, metre = make_id(), make_id()

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from engine.audio import resample, write
+from engine.errors import BacklineError
 from plugin_host.exchange import ReadItem, ReadProject, ReadTrack, cut, read_project, tempo_points
 from plugin_host.host import Placement
 from plugin_host.plugins import keep_preset
@@ -20,7 +21,8 @@ def import_session(path: Path, folder: Path) -> SessionHost:
     Raises BacklineError as `read_project` and SessionHost.create; then nothing of it stays.
     """
     project = read_project(path)
-    new = not folder.exists()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BacklineError(f"{folder} exists and is no empty folder.")
     points = tempo_points(project)
     host = SessionHost.create(folder, sample_rate=project.sample_rate, tempo=points[0].bpm)
     try:
@@ -28,8 +30,7 @@ def import_session(path: Path, folder: Path) -> SessionHost:
         for track in project.tracks:
             _add(host, project, track)
     except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return host
 

@@ -47,7 +47,7 @@ def write_rpp(host: SessionHost, path: Path, warn: Warn) -> None:
 
     Plugins are not written: their state in an .rpp is REAPER's own; `warn` is told.
     """
-    folder = path.with_name(f"{path.stem}-audio")
+    folder = audio_folder(path)
     project = Chunk("REAPER_PROJECT", ["0.1", "7.0/backline", "0"])
     first = host.state.tempo_map[0]
     project.parts += [
@@ -61,10 +61,19 @@ def write_rpp(host: SessionHost, path: Path, warn: Warn) -> None:
         for track in host.state.tracks:
             if track.plugins:
                 warn(f"The plugins of {track.name!r} are not in the .rpp: a .dawproject takes them along.")
-            project.parts.append(_track(host, track, folder))
+            project.parts.append(_track(host, track, folder.name))
+            for file in {take.file for region in track.regions for take in region.takes}:
+                temporary = folder / f".{file}.part"
+                shutil.copyfile(host.folder / AUDIO / file, temporary)
+                temporary.replace(folder / file)
     except OSError as error:
         raise BacklineError(f"{folder} could not be written: {error.strerror or error}.") from error
     write_bytes(path, ("\n".join(_lines(project)) + "\n").encode())
+
+
+def audio_folder(path: Path) -> Path:
+    """Where the wavs of an .rpp are written."""
+    return path.with_name(f"{path.stem}-audio")
 
 
 def read_rpp(path: Path) -> ReadProject:
@@ -118,7 +127,7 @@ def _tempo_map(points: tuple[TempoPoint, ...], rate: int) -> Chunk:
     return chunk
 
 
-def _track(host: SessionHost, track: TrackState, folder: Path) -> Chunk:
+def _track(host: SessionHost, track: TrackState, folder: str) -> Chunk:
     volume = 10 ** (track.gain_db / 20)
     chunk = Chunk("TRACK", [_guid()])
     chunk.parts += [
@@ -134,7 +143,7 @@ def _track(host: SessionHost, track: TrackState, folder: Path) -> Chunk:
     return chunk
 
 
-def _item(host: SessionHost, segment: Segment, folder: Path) -> Chunk:
+def _item(host: SessionHost, segment: Segment, folder: str) -> Chunk:
     """One item with all takes of the region; REAPER's own fades at its ends are turned off."""
     rate, region = host.sample_rate, segment.region
     chunk = Chunk("ITEM", [])
@@ -151,8 +160,6 @@ def _item(host: SessionHost, segment: Segment, folder: Path) -> Chunk:
     for number, take in enumerate(region.takes):
         if number:
             chunk.parts.append(["TAKE", "SEL"] if number == region.chosen else ["TAKE"])
-        if not (folder / take.file).exists():
-            shutil.copyfile(host.folder / AUDIO / take.file, folder / take.file)
         chunk.parts += [
             ["NAME", take.name],
             ["TAKEVOLPAN", "0", "1", "-1"] if number else ["VOLPAN", "1", "0", "1", "-1"],
@@ -160,7 +167,7 @@ def _item(host: SessionHost, segment: Segment, folder: Path) -> Chunk:
             ["PLAYRATE", "1", "1", "0", "-1", "0", "0.0025"],
             ["CHANMODE", "0"],
             ["GUID", _guid()],
-            Chunk("SOURCE", ["WAVE"], [["FILE", f"{folder.name}/{take.file}"]]),
+            Chunk("SOURCE", ["WAVE"], [["FILE", f"{folder}/{take.file}"]]),
         ]
     return chunk
 

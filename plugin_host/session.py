@@ -8,7 +8,9 @@ is saved are in plugin_host.session_file.
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -55,7 +57,8 @@ class SessionHost:
         self.file = file
         self.warn: Warn = warn or (lambda sentence: None)
         self.plugin_seconds: float | None = None  # None: plugin_host.plugins decides how long one may take
-        self._exports = tempfile.TemporaryDirectory(prefix="backline-session-", ignore_cleanup_errors=True)
+        self._exports = Path(tempfile.mkdtemp(prefix="backline-session-"))
+        weakref.finalize(self, shutil.rmtree, self._exports, ignore_errors=True)
 
     @classmethod
     def create(
@@ -137,10 +140,8 @@ class SessionHost:
     def set_track(self, track_id: str, **values: Any) -> None:
         """Change fields of session_file.TrackState: name, role, muted, soloed, gain_db, pan, plugins, ..."""
         name = self._track(track_id).name
-        words = " ".join(
-            f"{key} {value}" for key, value in values.items() if key not in ("plugins", "regions")
-        )
-        self._step(f"{name}: {words}".strip(": "), lambda state: _changed(state, track_id, **values))
+        words = ", ".join(_worded(key, value) for key, value in values.items())
+        self._step(f"{name}: {words}", lambda state: _changed(state, track_id, **values))
 
     def remove_track(self, track_id: str) -> None:
         """Take a track out of the session; its wavs stay, and undo brings it back."""
@@ -216,7 +217,7 @@ class SessionHost:
         for track_id in track_ids:
             track = self._track(track_id)
             samples = self._sound(track, span) if sounding else self._render(track, span)
-            paths[track_id] = Path(self._exports.name) / f"track-{track_id}.wav"
+            paths[track_id] = self._exports / f"track-{track_id}.wav"
             write(paths[track_id], Audio(samples, self.sample_rate))
         return paths
 
@@ -349,6 +350,13 @@ def find_track(host: SessionHost, word: str) -> TrackState:
         raise UsageError(f"{len(found)} tracks are called {word!r}: give the number ({numbers}) instead.")
     names = ", ".join(track.name for track in tracks) or "none yet"
     raise UsageError(f"The session has no track {word!r}; there are: {names}.")
+
+
+def _worded(key: str, value: Any) -> str:
+    """A change of a field, as a step is called."""
+    if isinstance(value, bool):
+        return key if value else f"not {key}"
+    return key if isinstance(value, tuple) else f"{key.removesuffix('_db')} {value}"
 
 
 def _find(state: SessionState, track_id: str) -> TrackState:

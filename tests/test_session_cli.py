@@ -105,7 +105,7 @@ def test_show_says_it_all(session: Session, tmp_path: Path) -> None:
         "armed",
         "muted",
         "-6.5",
-        "50 left",
+        "L50",
         "Compressor",
         "━",
         "·",
@@ -170,7 +170,7 @@ def test_effects_change_the_bounce_and_are_shown(session: Session, tmp_path: Pat
     session.ok("new")
     session.ok("add", stems / "guitar.wav")
     assert "Reverb" in backline(session.capsys, "session", "effects").out
-    session.ok("plugins", "guitar", "--add", "Gain", "--add", "invert")
+    session.ok("plugins", "guitar", "--add", "Gain", "--add", "invert", "--set", "1.gain_db=3")
     shown = session.ok("plugins", "guitar", "--set", "1.gain_db=-12").out
     assert "gain_db" in shown and "-12" in shown and "2. Invert" in shown
     session.ok("bounce", "--out", tmp_path / "a.wav")
@@ -260,11 +260,17 @@ def test_mistakes(session: Session, tmp_path: Path, tiny_bundle: Path) -> None:
     refused(session("fill", "--model", tiny_bundle), 2, "'Audio 7'", "bass, drums, guitar or piano")
     refused(session("fill", "--from", "x", "--model", tiny_bundle), 2, "no time")
     refused(session("fill", "--from", "1", "--to", "0.5", "--model", tiny_bundle), 2, "Nothing lies between")
+    refused(session("fill", "--to", "0.5", "--model", tiny_bundle), 2, "'Audio 7'")
+    session.ok("arm", "Audio 7", "--off")
+    session.ok("add", "--track", "piano")
+    session.ok("arm", "piano")
+    refused(session("fill", "--to", "0.5", "--model", tiny_bundle), 1, "only 0.50 s long")
+    refused(session("split", "bass", "--to", "0.5", "--model", tiny_bundle), 1, "only 0.50 s long")
     refused(session("fill", "--from=-1", "--model", tiny_bundle), 2, "before the session")
     refused(session("split", "nothing.wav", "--model", tiny_bundle), 2, "no track 'nothing.wav'")
     refused(session("split", "bass", "--region", 2, "--model", tiny_bundle), 2, "no region 2")
     refused(session("pan", "bass", 3), 2, "out of range")
-    refused(session("undo", "--steps", 99), 2, "Only 3 steps")
+    refused(session("undo", "--steps", 99), 2, "Only 6 steps")
     refused(session("redo"), 1, "nothing to redo")
     refused(session("bounce", "--out", tmp_path / "no" / "mix.wav"), 1, "not a folder")
     refused(session("plugins", "bass", "--add", "Nothing"), 2, "no effect 'Nothing'")
