@@ -80,7 +80,37 @@ def run_all(args: argparse.Namespace) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    args.out.with_suffix(".md").write_text(as_markdown(report))
+    print(as_markdown(report))
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a table, a column per precision."""
+    precisions = [name for name in ("fp32", "fp16") if name in report]
+    parts = [report[name] for name in precisions]
+    machine = report["machine"]
+    rows = [
+        ("bundle on disk", [f"{sum(part['gigabytes'].values()):.1f} GB" for part in parts]),
+        ("import: peak memory", [f"{part['peak_gib']} GiB" for part in parts]),
+        ("import: time", [f"{part['seconds']:.0f} s" for part in parts]),
+        ("left behind by the import", [", ".join(part["left_behind"]) or "nothing" for part in parts]),
+        ("UNet against torch", [f"{part['relative_error']['unet']:.1e}" for part in parts]),
+        ("opening the bundle", [f"{part['step']['open_seconds']} s" for part in parts]),
+        ("one UNet step", [" and ".join(f"{s} s" for s in part["step"]["step_seconds"]) for part in parts]),
+        ("running: peak memory", [f"{part['step']['peak_gib']} GiB" for part in parts]),
+    ]
+    lines = ["| | " + " | ".join(precisions) + " |", "|---|" + "---|" * len(precisions)]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows]
+    about = (
+        f"A checkpoint of the released size with random weights ({report['build']['gigabytes']} GB: raw and "
+        f"EMA UNet, VAE, vocoder), on {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gib']} GiB; load average {machine['load_average'][0]} as it began. "
+        f"ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
+    )
+    if "torch_step" in report:
+        steps = " and ".join(f"{s} s" for s in report["torch_step"]["step_seconds"])
+        lines += ["", f"The same step in torch, float32: {steps}."]
+    return "\n".join([about, "", *lines, ""])
 
 
 def build_checkpoint(layout: Path, path: Path) -> None:

@@ -48,7 +48,25 @@ def main() -> None:
     report = measure(args.width, args.time, args.rounds, args.threads, args.variants)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    args.out.with_suffix(".md").write_text(as_markdown(report))
+    print(as_markdown(report))
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a table, a row per variant."""
+    machine, config = report["machine"], report["config"]
+    about = (
+        f"One step of the 3-D UNet at width {config['width']} "
+        f"({config['parameters'] / 1e6:.1f} M parameters), {config['frames']} latent frames, {report['threads']} threads of {machine['cpu']}; median of "
+        f"{report['rounds']} interleaved rounds, load average {machine['load_average'][0]} as they began. "
+        f"ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
+    )
+    lines = ["| | seconds | times as fast as torch |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {row['median']:.2f} | {report['times_faster_than_torch'][name]} |"
+        for name, row in report["seconds"].items()
+    ]
+    return "\n".join([about, "", *lines, ""])
 
 
 def measure(width: int, frames: int, rounds: int, threads: int, variants: list[str]) -> dict[str, Any]:
