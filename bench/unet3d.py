@@ -56,10 +56,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, a row per variant."""
     machine, config = report["machine"], report["config"]
     about = (
-        f"One step of the 3-D UNet at width {config['width']} "
-        f"({config['parameters'] / 1e6:.1f} M parameters), {config['frames']} latent frames, {report['threads']} threads of {machine['cpu']}; median of "
-        f"{report['rounds']} interleaved rounds, load average {machine['load_average'][0]} as they began. "
-        f"ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
+        f"One step of the 3-D UNet at width {config['width']} ({config['parameters'] / 1e6:.1f} M "
+        f"parameters), {config['frames']} latent frames, {report['threads']} threads of {machine['cpu']}; "
+        f"median of {report['rounds']} interleaved rounds, load average {machine['load_average'][0]} as they "
+        f"began. ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
     )
     lines = ["| | seconds | times as fast as torch |", "|---|---|---|"]
     lines += [
