@@ -53,7 +53,8 @@ from bridge.store import (
 
 TICK = 0.25  # seconds
 HEARTBEAT = 2.0
-CANCEL_GRACE = 30.0  # seconds from a cancel to the end of a worker that does not obey
+# Seconds from a cancel to the end of a worker that does not obey; its steps may be long on a slow machine.
+CANCEL_GRACE = float(os.environ.get("BACKLINE_CANCEL_GRACE", 30.0))
 SILENCE = 30.0  # seconds without a sign of life from the worker before it is ended
 STARTING = 120.0
 RETRIES = 3  # starts of the worker that may fail before waiting jobs are given up
