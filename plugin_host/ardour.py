@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.audio import Audio, fit, mono, read, resample, write
 from engine.errors import BacklineError, UsageError
-from plugin_host.ardour_link import PORT, Link, ask, link
+from plugin_host.ardour_link import PORT, TALK_SECONDS, WORK_SECONDS, Link, ask, link
 from plugin_host.ardour_setup import TRIED
 from plugin_host.host import Grid, Placement, Span, Track
 from plugin_host.roles import guess_role
@@ -209,7 +209,8 @@ class ArdourHost:
         return [made["track"] for made in answer["placed"]]
 
     def _ask(self, call: str, *arguments: Any) -> Any:
-        return ask(self.way, call, *arguments, session=self.session)
+        work = WORK_SECONDS if call in ("bounce", "place") else TALK_SECONDS
+        return ask(self.way, call, *arguments, session=self.session, work=work)
 
     def _role(self, name: str) -> str | None:
         return self.roles.get(name) or guess_role(name)

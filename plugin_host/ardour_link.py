@@ -30,7 +30,8 @@ from plugin_host.ardour_setup import bridge_slot, lua_text, mailbox, quoted
 PORT = 3819  # Ardour's own default; a second Ardour takes the next free one
 HOST = "127.0.0.1"
 PICKUP_SECONDS = 15.0  # until Ardour begins with a command: it may be drawing, or saving
-WORK_SECONDS = 600.0  # until it is done with one, a long import for example
+WORK_SECONDS = 600.0  # until it is done with one that moves audio: a long bounce or import
+TALK_SECONDS = 30.0  # until it is done with any other
 AGAIN_SECONDS = 0.5  # a trigger is sent again after this: UDP may lose one
 REFUSAL_SECONDS = 0.02  # until the system says that nobody listens on a port of this machine
 STALE_SECONDS = 3600.0
@@ -69,19 +70,24 @@ def link(port: int = PORT, config: Path | None = None) -> Link:
 
 
 def ask(
-    way: Link, call: str, *arguments: Any, session: str | None = None, pickup: float = PICKUP_SECONDS
+    way: Link,
+    call: str,
+    *arguments: Any,
+    session: str | None = None,
+    pickup: float = PICKUP_SECONDS,
+    work: float = TALK_SECONDS,
 ) -> Any:
     """Run one function of lua/library.lua inside Ardour and return its answer.
 
-    session: the session it is meant for. Raises ArdourGone, SessionChanged, and BacklineError where Ardour
+    session: the session it is meant for. pickup, work: seconds it may take Ardour to begin and to end. Raises ArdourGone, SessionChanged, and BacklineError where Ardour
     does not answer or the function fails.
     """
     answer = way.folder / f"answer-{secrets.token_hex(8)}"
-    work = f"function() return {call}({', '.join(map(literal, arguments))}) end"
-    command = f"{lua_text('library.lua')}\nanswer({quoted(str(answer))}, {literal(session)}, {work})\n"
+    body = f"function() return {call}({', '.join(map(literal, arguments))}) end"
+    command = f"{lua_text('library.lua')}\nanswer({quoted(str(answer))}, {literal(session)}, {body})\n"
     try:
         with FileLock(way.folder / "lock", timeout=WORK_SECONDS):
-            result = _run(way, command.encode("utf-8", "surrogateescape"), answer, pickup)
+            result = _run(way, command.encode("utf-8", "surrogateescape"), answer, pickup, work)
     except Timeout:
         raise BacklineError("Another Backline has been talking to Ardour for ten minutes.") from None
     if "moved" in result:
@@ -98,7 +104,7 @@ def send(way: Link, address: str, *arguments: Any) -> None:
         _hear(channel, way.port, REFUSAL_SECONDS)
 
 
-def _run(way: Link, command: bytes, answer: Path, pickup: float) -> dict[str, Any]:
+def _run(way: Link, command: bytes, answer: Path, pickup: float, work: float) -> dict[str, Any]:
     waiting = way.folder / "command.lua"
     _write(waiting, command)
     trigger = message("/access_action", f"LuaAction/script-{way.slot}")
@@ -114,7 +120,7 @@ def _run(way: Link, command: bytes, answer: Path, pickup: float) -> dict[str, An
                         return json.loads(answer.read_bytes().decode("utf-8", "surrogateescape"))
                     _hear(channel, way.port, 0.005)
                 spent = time.monotonic() - started
-                if spent > (pickup if waiting.exists() else WORK_SECONDS):
+                if spent > (pickup if waiting.exists() else work):
                     raise BacklineError(
                         f"Ardour on port {way.port} did not answer within {spent:.0f} s: is a dialog open in "
                         "it, or was it started before `backline ardour install`?"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from plugin_host.ardour_link import PORT, ArdourGone, Link, send
 
@@ -94,6 +95,17 @@ def new_session(folder: Path, tracks: Sequence[str], *, rate: int = 48000) -> Pa
     return file
 
 
+def remove_track(session: Path, name: str) -> None:
+    """Take a track out of a session that is not open."""
+    tree = ElementTree.parse(session)
+    routes = tree.getroot().find("Routes")
+    assert routes is not None
+    for route in routes.findall("Route"):
+        if route.get("name") == name:
+            routes.remove(route)
+    tree.write(session, "utf-8", xml_declaration=True)
+
+
 def new_configuration(home: Path, scripts: bytes, *, rate: int = 48000) -> Path:
     """A user's configuration folder that asks nothing and has no audio device, with these Lua actions."""
     config = home / "ardour7"
@@ -118,10 +130,22 @@ def display() -> Iterator[str]:
         _end(server)
 
 
+def free_port() -> int:
+    """Which one Ardour will take."""
+    for port in range(PORT, PORT + 20):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+            try:
+                channel.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("Ardour would find no free port.")
+
+
 @contextlib.contextmanager
 def ardour(session: Path, screen: str) -> Iterator[Running]:
     """Ardour with a session open, on the first free OSC port from 3819 on. It is ended whatever happens."""
-    port = _free_port()
+    port = free_port()
     (session.parent / f"{session.stem}.pending").unlink(missing_ok=True)
     environment = os.environ | {
         "DISPLAY": screen,
@@ -147,18 +171,6 @@ def kill(running: Running) -> None:
     """As a crash would end it."""
     running.process.send_signal(signal.SIGKILL)
     running.process.wait()
-
-
-def _free_port() -> int:
-    """Which one Ardour will take."""
-    for port in range(PORT, PORT + 20):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
-            try:
-                channel.bind(("0.0.0.0", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("Ardour would find no free port.")
 
 
 def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

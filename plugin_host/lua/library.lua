@@ -26,7 +26,7 @@ local function answer(path, session, work)
       result = { moved = here }
    else
       local ok, value = pcall(work)
-      result = ok and { value = value } or { error = tostring(value) }
+      result = ok and { value = value ~= nil and value } or { error = tostring(value) }
    end
    local file = io.open(path .. ".part", "w")
    file:write(json(result))
@@ -168,6 +168,7 @@ local function create(name, channels)
 end
 
 -- Brings a wav into the session, on no track yet. Ardour says nothing where it cannot: the region is not there then.
+-- Its step in the undo history changes nothing but would have to be undone before what the user did last: out with it.
 local function import(path)
    local known = {}
    for id in ARDOUR.RegionFactory.regions():iter() do known[id:to_s()] = true end
@@ -177,7 +178,10 @@ local function import(path)
       ARDOUR.MidiTrackNameSource.SMFTrackName, ARDOUR.MidiTempoMapDisposition.SMFTempoIgnore,
       Temporal.timepos_t(0), ARDOUR.PluginInfo(), ARDOUR.Track(), false)
    for id, region in ARDOUR.RegionFactory.regions():iter() do
-      if not known[id:to_s()] and region:whole_file() then return region end
+      if not known[id:to_s()] and region:whole_file() then
+         Editor:undo(1)
+         return region
+      end
    end
    return nil
 end
