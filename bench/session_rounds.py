@@ -102,7 +102,7 @@ def _edit_for_ever(song: Path, rng: random.Random, pipe: int) -> None:
         with tempfile.TemporaryDirectory(dir=song.parent) as scratch:
             host = SessionHost.open(song)
             while True:
-                takes = _random_step(host, rng, Path(scratch))
+                takes = random_step(host, rng, Path(scratch))
                 line = {"revision": host.file.revision, "takes": takes}
                 os.write(pipe, (json.dumps(line) + "\n").encode())
     except BaseException as error:
@@ -110,7 +110,7 @@ def _edit_for_ever(song: Path, rng: random.Random, pipe: int) -> None:
         os._exit(1)
 
 
-def _random_step(host: SessionHost, rng: random.Random, scratch: Path) -> dict[str, str]:
+def random_step(host: SessionHost, rng: random.Random, scratch: Path) -> dict[str, str]:
     """One edit such as a user makes; returns the takes it made with their sha256."""
     tracks = host.state.tracks
     track = rng.choice(tracks) if tracks else None

@@ -20,7 +20,9 @@ from plugin_host.session_file import AUDIO, TempoPoint, TrackState, write_bytes
 
 DEFAULT_RATE = 44100
 SQUARE = 1  # shape of a tempo point: the tempo stays until the next
-BOTH = 1  # flags of a tempo point: it sets tempo and metre, and begins a bar
+# Flags of a tempo point that sets a metre and begins a bar; the bar before it may be cut short by it; it sets
+# no tempo.
+METRE, CUTS, NO_TEMPO = 1, 4, 2
 
 
 @dataclass
@@ -123,7 +125,8 @@ def _tempo_map(points: tuple[TempoPoint, ...], rate: int) -> Chunk:
     for point in points:
         metre = point.denominator * 65536 + point.numerator
         seconds = _number(point.position / rate)
-        chunk.parts.append(["PT", seconds, _number(point.bpm), str(SQUARE), str(metre), "0", str(BOTH)])
+        flags = METRE | CUTS if point.position else METRE
+        chunk.parts.append(["PT", seconds, _number(point.bpm), str(SQUARE), str(metre), "0", str(flags)])
     return chunk
 
 
@@ -182,7 +185,9 @@ def _read(path: Path, root: Chunk) -> ReadProject:
             if isinstance(part, list) and part[0] == "PT":
                 metre = int(part[4]) if len(part) > 4 else 0
                 said = divmod(metre, 65536)[::-1] if metre else tempo[-1][2:]
-                tempo.append((float(part[1]), float(part[2]), said[0], said[1]))
+                flags = int(part[6]) if len(part) > 6 else 0
+                speed = tempo[-1][1] if flags & NO_TEMPO else float(part[2])
+                tempo.append((float(part[1]), speed, said[0], said[1]))
     rate = int(float(root.value("SAMPLERATE", 0, str(DEFAULT_RATE))))
     project = ReadProject(rate, tempo, [])
     for chunk in root.chunks("TRACK"):

@@ -255,7 +255,9 @@ def _parse(path: Path) -> SessionFile:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise BacklineError(f"{path} cannot be read as JSON.") from error
+        kept = sorted((path.parent / HISTORY).glob("*.json"))
+        help_ = f"; put {kept[-1]}, the state after its last step, in its place" if kept else ""
+        raise BacklineError(f"{path} cannot be read as JSON{help_}.") from error
     version = values.get("version", 1) if isinstance(values, dict) else 1
     if isinstance(version, int) and version > VERSION:
         raise BacklineError(f"{path} has version {version}, newer than this Backline reads ({VERSION}).")
@@ -294,10 +296,11 @@ def _track_from_version_1(track: Any) -> Any:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove half-written files that a killed process left; nobody else writes while the lock is held."""
-    for part in (folder, folder / AUDIO, folder / HISTORY, folder / PLUGINS):
-        for path in part.glob(".*.part"):
-            path.unlink(missing_ok=True)
+    """Remove half-written files that a killed process left; nobody else writes these while it is locked."""
+    for path in (*folder.glob(f".{SESSION}.*.part"), *(folder / AUDIO).glob(".*.part")):
+        path.unlink(missing_ok=True)
+    for path in (folder / HISTORY).glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

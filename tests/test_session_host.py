@@ -248,6 +248,18 @@ def test_kill_minus_9_loses_no_take(tmp_path: Path) -> None:
     assert report["lost"] == report["unreadable"] == report["astray"] == []
 
 
+def test_a_session_file_that_was_broken_names_what_to_put_in_its_place(host: SessionHost) -> None:
+    host.create_track("bass")
+    host.create_track("drums")
+    (host.folder / "session.json").write_text("{ half")
+    with pytest.raises(
+        BacklineError, match=r"put .*000002\.json, the state after its last step, in its place"
+    ):
+        SessionHost.open(host.folder)
+    (host.folder / "history" / "000002.json").replace(host.folder / "session.json")
+    assert SessionHost.open(host.folder).state == host.state
+
+
 def test_a_killed_holder_of_the_lock_does_not_keep_it(host: SessionHost) -> None:
     code = (
         "import sys, time; from pathlib import Path; from plugin_host.session_file import locked\n"
