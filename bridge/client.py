@@ -123,6 +123,16 @@ class ClientJob:
         await self.client.request("/backline/job/fetched", self.id, answer="/backline/job/state")
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A request that was sent: its address, what answers it, and the job it names, or ""."""
+
+    address: str
+    answer: str
+    job_id: str
+    future: asyncio.Future[dict[str, Any]]
+
+
 class Client:
     """A connection to a daemon; made by `connect`. welcome: what the daemon said of itself."""
 
@@ -132,8 +142,8 @@ class Client:
         self.jobs: dict[str, ClientJob] = {}
         self.events: asyncio.Queue[Message] = asyncio.Queue(1000)
         self.closed: BacklineError | None = None
-        self._waiting: list[tuple[str, str, asyncio.Future[dict[str, Any]]]] = []
-        self._entries: list[dict[str, Any]] = []
+        self._waiting: list[_Waiting] = []
+        self._listing: dict[str, dict[str, Any]] | None = None
         self._send: Any = None
 
     async def generate(self, seconds: float, *, id: str | None = None, **options: Value) -> ClientJob:
@@ -170,15 +180,19 @@ class Client:
 
     async def list_jobs(self, offset: int = 0, count: int = 20) -> list[dict[str, Any]]:
         """Jobs, the newest first."""
-        self._entries = []
-        await self.request("/backline/job/list", offset, count, answer="/backline/job/listed")
-        return list(self._entries)
+        return await self._list("/backline/job/list", offset, count, answer="/backline/job/listed")
 
     async def models(self) -> list[dict[str, Any]]:
         """The models there are."""
-        self._entries = []
-        await self.request("/backline/model/list", answer="/backline/model/listed")
-        return list(self._entries)
+        return await self._list("/backline/model/list", answer="/backline/model/listed")
+
+    async def _list(self, address: str, *arguments: Value, answer: str) -> list[dict[str, Any]]:
+        self._listing = {}
+        try:
+            await self.request(address, *arguments, answer=answer)
+            return list(self._listing.values())
+        finally:
+            self._listing = None
 
     async def subscribe(self, topic: str) -> None:
         """From now on the messages of a topic are in `events`."""
@@ -190,7 +204,7 @@ class Client:
         if address == "/backline/job/list":
             named_id = ""
         waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        entry = (answer, named_id, waiting)
+        entry = _Waiting(address, answer, named_id, waiting)
         self._waiting.append(entry)
         try:
             for _ in range(RESENDS):
@@ -259,15 +273,15 @@ class Client:
         job = self.jobs.get(str(values.get("id", "")))
         if job is not None:
             _tell_job(job, message.address, values)
-        if message.address in ("/backline/job/state", "/backline/model/entry"):
-            self._entries.append(values)
-        for answer, job_id, waiting in self._waiting:
-            if waiting.done() or job_id != str(values.get("id", job_id)):
+        if self._listing is not None and message.address in ("/backline/job/state", "/backline/model/entry"):
+            self._listing[str(values.get("id", values.get("name")))] = values
+        for entry in self._waiting:
+            if entry.future.done() or entry.job_id != str(values.get("id", entry.job_id)):
                 continue
-            if message.address == answer:
-                waiting.set_result(values)
-            elif message.address == "/backline/error":
-                waiting.set_exception(DaemonError(values["code"], values["sentence"]))
+            if message.address == entry.answer:
+                entry.future.set_result(values)
+            elif message.address == "/backline/error" and values["address"] in ("", entry.address):
+                entry.future.set_exception(DaemonError(values["code"], values["sentence"]))
         if self.events.full():
             self.events.get_nowait()
         self.events.put_nowait(message)
@@ -275,10 +289,10 @@ class Client:
     def lost(self) -> None:
         """The connection has ended."""
         self.closed = BacklineError("The connection to the daemon was lost.")
-        for _, _, waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_exception(self.closed)
-                waiting.exception()  # looked at, so that nobody who does not wait is warned of it
+        for entry in self._waiting:
+            if not entry.future.done():
+                entry.future.set_exception(self.closed)
+                entry.future.exception()  # looked at, so that nobody who does not wait is warned of it
         for job in self.jobs.values():
             if not job.ending.done():
                 job.ending.set_exception(self.closed)
@@ -365,10 +379,10 @@ def _copy_in(asked: Mapping[str, Value], folder: Path) -> dict[str, Value]:
     """
     copied = dict(asked)
     try:
-        for name, value in asked.items():
+        for number, (name, value) in enumerate(asked.items()):
             if not _is_path(name, value):
                 continue
-            source, target = Path(str(value)), folder / name.replace(":", "-") / Path(str(value)).name
+            source, target = Path(str(value)), folder / str(number) / Path(str(value)).name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             copied[name] = str(target)
             if not source.is_dir():

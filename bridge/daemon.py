@@ -83,7 +83,7 @@ def _dispatch(daemon: Daemon, peer: Peer, message: Message, size: int) -> None:
     if message.address in REPLIES:  # our own words: answering them could go round for ever
         return
     target = daemon.reply_to.get(peer) or peer
-    trusted = False
+    trusted = daemon.config.token is None
     job_id = ""
     try:
         message, envelope = take_envelope(message)
@@ -120,6 +120,7 @@ def _is_trusted(daemon: Daemon, peer: Peer, envelope: dict[str, Any]) -> bool:
 
 async def run(config: Config, ready: Callable[[], None]) -> None:
     """Runs until SIGTERM or SIGINT. Raises BacklineError where it cannot start."""
+    os.umask(0o077)
     root = prepare_root(config.root)
     lock = _lock(root)
     try:
@@ -146,6 +147,9 @@ async def run(config: Config, ready: Callable[[], None]) -> None:
     waiting = loop.create_task(stopped.wait())
     try:
         await asyncio.wait([waiting, *work], return_when=asyncio.FIRST_COMPLETED)
+        for task in work:
+            if task.done():
+                task.result()  # it never ends but by an exception, which must not pass in silence
     finally:
         daemon.stopping = True
         waiting.cancel()

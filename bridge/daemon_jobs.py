@@ -129,7 +129,8 @@ def fetched(daemon: Daemon, peer: Peer, target: Peer, values: dict[str, Any]) ->
 def list_jobs(daemon: Daemon, peer: Peer, target: Peer, values: dict[str, Any]) -> None:
     rows, total = latest(daemon.reader, values.get("offset", 0), values.get("count", 20))
     for row in rows:
-        send(daemon, target, state_packet(row, daemon.jobs.get(row.id)))
+        job = daemon.jobs.get(row.id)
+        send(daemon, target, state_packet(row if job is None or job.final is None else job.final, job))
     send(daemon, target, reply("/backline/job/listed", len(rows), total))
 
 
@@ -338,18 +339,12 @@ async def _worker_life(daemon: Daemon) -> None:
         "device": config.device,
         "threads": config.threads,
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-m",
-        "bridge.worker",
-        json.dumps(settings),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        limit=LINE,
-        env=os.environ | {"BACKLINE_DAEMON": str(os.getpid()), "PYTHONPATH": os.pathsep.join(sys.path)},
-        pass_fds=(daemon.lock,),
-    )
+    try:
+        process = await _start_worker(daemon, settings)
+    except OSError as error:
+        engine.failures += 1
+        event("worker cannot start", logging.ERROR, error=str(error))
+        return
     engine.process, engine.seen = process, time.monotonic()
     assert process.stdout is not None
     with contextlib.suppress(ValueError):  # a line beyond LINE: it is no worker of ours any more
@@ -363,6 +358,22 @@ async def _worker_life(daemon: Daemon) -> None:
     if not daemon.stopping:
         engine.failures += 1
         event("worker died", logging.ERROR, code=code, failures=engine.failures)
+
+
+async def _start_worker(daemon: Daemon, settings: dict[str, Any]) -> asyncio.subprocess.Process:
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",
+        "-m",
+        "bridge.worker",
+        json.dumps(settings),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE,
+        env=os.environ | {"BACKLINE_DAEMON": str(os.getpid()), "PYTHONPATH": path},
+        pass_fds=(daemon.lock,),  # so that a new daemon waits for the worker of a dead one
+    )
 
 
 async def _bury(daemon: Daemon) -> None:

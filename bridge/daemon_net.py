@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from bridge.osc import MAX_PACKET, Framing, Malformed
 
 MAX_CONNECTIONS = 64
-MAX_UNSENT = 1 << 20  # bytes a TCP client may leave unread before it is cut off
+MAX_UNSENT = 1 << 20  # bytes that may wait to be sent; a TCP client with more is cut off
 RECEIVE_BUFFER = 4 << 20  # bytes; the system gives what it allows
 
 Value = TypeVar("Value")
@@ -28,6 +28,8 @@ class UdpPeer:
     transport: asyncio.DatagramTransport = field(compare=False, repr=False)
 
     def send(self, packet: bytes) -> None:
+        if self.transport.get_write_buffer_size() > MAX_UNSENT:  # type: ignore[attr-defined]
+            return  # lost, as UDP loses what does not fit
         self.transport.sendto(packet, (self.host, self.port))
 
     def at(self, port: int) -> UdpPeer:

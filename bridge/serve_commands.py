@@ -97,6 +97,8 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log everything, also here.")] = False,
 ) -> None:
     """The daemon: jobs over OSC (docs/osc.md), until Ctrl-C or SIGTERM."""
+    if os.name != "posix":
+        raise BacklineError("The daemon runs on Linux and macOS so far.")
     from bridge.daemon import prepare_root, run
     from bridge.daemon_state import Config
 

@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import queue
-import resource
 import secrets
 import shutil
 import signal
@@ -66,6 +65,10 @@ class Worker:
     model_path: str | None = None
 
 
+class FileRefused(UsageError):
+    """A file that may not be read, or cannot."""
+
+
 def main() -> None:
     """Entry point: the settings are one JSON argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the daemon decides
@@ -112,8 +115,7 @@ def _listen(worker: Worker) -> None:
 
 def _beat(worker: Worker) -> None:
     while True:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _say(worker, say="beat", memory=_memory(), peak=peak * 1024)
+        _say(worker, say="beat", memory=_memory())
         time.sleep(BEAT)
 
 
@@ -383,11 +385,11 @@ def _opened(path: Path, folders: list[Path]) -> Iterator[Path]:
     """A name for the file at `path` that no link can lead elsewhere while it is read.
 
     Every folder on the way is opened without following links, so a file that was swapped for a link after
-    the daemon looked at it is refused. Raises UsageError outside `folders` and for what is no plain file.
+    the daemon looked at it is refused. Raises FileRefused outside `folders` and for what is no plain file.
     """
     real = path.resolve()
     if not any(real.is_relative_to(folder) for folder in folders):
-        raise UsageError(f"{path} is not in the job root or a folder that was allowed.")
+        raise FileRefused(f"{path} is not in the job root or a folder that was allowed.")
     if sys.platform != "linux":
         yield real
         return
@@ -400,11 +402,11 @@ def _opened(path: Path, folders: list[Path]) -> Iterator[Path]:
                 inner = os.open(part, flags, dir_fd=handle)
             except OSError as error:
                 why = "a link is in the way" if error.errno == errno.ELOOP else error.strerror
-                raise UsageError(f"{path} cannot be opened: {why}.") from error
+                raise FileRefused(f"{path} cannot be opened: {why}.") from error
             os.close(handle)
             handle = inner
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UsageError(f"{path} is not a file.")
+            raise FileRefused(f"{path} is not a file.")
         yield Path(f"/proc/self/fd/{handle}")
     finally:
         os.close(handle)
@@ -438,6 +440,8 @@ def _code(error: Exception) -> str:
         return "memory"
     if isinstance(error, OSError):
         return "disk" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else "internal"
+    if isinstance(error, FileRefused):
+        return "path"
     if isinstance(error, BacklineError):
         return "disk" if text.startswith("the disk is full") else "request"
     return "internal"
