@@ -20,7 +20,7 @@ from bench.daemon_common import children, daemon, free_port, percentile, residen
 from bridge.osc import Malformed, read_packet, write_message
 from bridge.protocol import REPLIES, REQUESTS
 
-BURST = 200  # datagrams between two valid requests
+BURST = 50  # datagrams between two valid requests
 VALID = [
     write_message("/backline/hello", "si", ["fuzz", 9]),
     write_message("/backline/job/status", "s", ["nobody"]),
