@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -156,26 +159,45 @@ def test_a_bounce_goes_on_without_a_plugin_that_breaks(
     assert failed.value.bypassed.reason == reason
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to build the plugins with")
-@pytest.mark.parametrize(("body", "reason"), [("abort();", "crash"), ("for (;;) sleep(1);", "timeout")])
-def test_real_vst3_modules_that_crash_or_hang_as_they_are_loaded(
-    tmp_path: Path, body: str, reason: str
-) -> None:
-    module = tmp_path / "Evil.vst3" / "Contents" / "x86_64-linux" / "Evil.so"
+def evil(folder: Path, body: str) -> PluginState:
+    """A real VST3 module that does this as it is loaded."""
+    module = folder / "Evil.vst3" / "Contents" / "x86_64-linux" / "Evil.so"
     module.parent.mkdir(parents=True)
-    (tmp_path / "evil.c").write_text(
+    (folder / "evil.c").write_text(
         "#include <stdlib.h>\n#include <unistd.h>\n"
         "int ModuleEntry(void *m) { return 1; }\nint ModuleExit(void) { return 1; }\n"
         f"void *GetPluginFactory(void) {{ {body} return 0; }}\n"
     )
-    command = ["cc", "-shared", "-fPIC", "-o", str(module), str(tmp_path / "evil.c")]
-    subprocess.run(command, check=True)
-    evil = PluginState(name="Evil", path=str(tmp_path / "Evil.vst3"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(module), str(folder / "evil.c")], check=True)
+    return PluginState(name="Evil", path=str(folder / "Evil.vst3"))
+
+
+compiles = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="there is no C compiler to build the plugins with"
+)
+
+
+@compiles
+@pytest.mark.parametrize(("body", "reason"), [("abort();", "crash"), ("for (;;) sleep(1);", "timeout")])
+def test_real_vst3_modules_that_crash_or_hang_as_they_are_loaded(
+    tmp_path: Path, body: str, reason: str
+) -> None:
     audio = Audio(noise(0.5, rate=RATE).T, RATE)
     said: list[Bypassed] = []
-    result = run_chain([evil], audio, presets=tmp_path, seconds=3, bypassed=said.append)
+    broken = [evil(tmp_path, body)]
+    result = run_chain(broken, audio, presets=tmp_path, seconds=3, bypassed=said.append)
     assert [(what.plugin, what.reason) for what in said] == [("Evil", reason)]
     assert np.array_equal(result.samples, audio.samples)
+
+
+@compiles
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="this system has no alarms")
+def test_a_plugin_that_hangs_ends_even_where_the_host_was_killed(tmp_path: Path) -> None:
+    plugin = evil(tmp_path, "for (;;) sleep(1);")
+    request = {"path": plugin.path, "name": None, "preset": None, "parameters": {}, "rate": RATE}
+    (tmp_path / "request.json").write_text(json.dumps(request | {"buffer": 64, "seconds": -3}))  # 5 s more
+    child = subprocess.run([sys.executable, "-P", str(plugins.PROCESS), str(tmp_path)], timeout=30)
+    assert child.returncode == -signal.SIGALRM
 
 
 @zam

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from command import Ran, backline, noise, refused, samples, write_song
 
+from bridge import session_commands
 from plugin_host import plugins
 from plugin_host.session import SessionHost
 
@@ -240,6 +241,13 @@ def test_files_of_any_rate_and_length_come_in(session: Session, tmp_path: Path) 
     (track,) = SessionHost.open(session.folder).state.tracks
     assert (track.role, len(track.regions), len(track.regions[0].takes)) == ("drums", 1, 2)
     assert track.regions[0].length == 9600
+
+
+def test_every_command_is_in_the_documentation() -> None:
+    listed = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split("## session")[1]
+    for command in session_commands.app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert f"`{name}" in listed or f"`{name} DIR" in listed, name
 
 
 def test_mistakes(session: Session, tmp_path: Path, tiny_bundle: Path) -> None:
