@@ -15,8 +15,10 @@ import typer
 from bridge.ardour_follow import Following, follow
 from bridge.ardour_jobs import fill, split
 from bridge.console import print_json, print_table, progress, say
+from bridge.daemon_engine import daemon_engine
 from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
+from bridge.serve_commands import read_token
 from engine.errors import UsageError
 from engine.model import Device, Model
 from plugin_host.ardour import ArdourHost, State, look, untried
@@ -39,6 +41,10 @@ Role = Annotated[
 Free = Annotated[bool, typer.Option("--free", help="The music does not follow the session's tempo.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="A bundle, as for other commands.")]
 DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
+DaemonPort = Annotated[
+    int | None, typer.Option("--daemon", help="Let the daemon on this port play, instead of --model here.")
+]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="The token that the daemon asks for.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Random if not given.")]
 Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -109,12 +115,14 @@ def fill_tracks(
     free: Free = False,
     model: ModelName = None,
     device: DeviceName = "auto",
+    daemon: DaemonPort = None,
+    token_file: TokenFile = None,
     seed: Seed = None,
     json_output: Json = False,
 ) -> None:
     """Play the armed tracks over the selected time, or the whole session."""
     host = _open(port, config, role, free)
-    engine = _engine(model, device)
+    engine = _engine(model, device, daemon, token_file)
     with progress("fill") as callback:
         placed = fill(
             host, engine, span=_span(start, end), text=text, seed=_seed(seed), callback=callback, warn=say
@@ -132,12 +140,14 @@ def split_tracks(
     position: Annotated[int, typer.Option("--at", min=0, help="Where a file begins, in samples.")] = 0,
     model: ModelName = None,
     device: DeviceName = "auto",
+    daemon: DaemonPort = None,
+    token_file: TokenFile = None,
     seed: Seed = None,
     json_output: Json = False,
 ) -> None:
     """Take the selected region, or a file, apart: one new track per stem and one for the residual."""
     host = _open(port, config, None, False)
-    engine = _engine(model, device)
+    engine = _engine(model, device, daemon, token_file)
     with progress("split") as callback:
         placed = split(host, engine, source, position=position, seed=_seed(seed), callback=callback)
     _report("split", placed, json_output)
@@ -158,12 +168,14 @@ def follow_ardour(
     free: Free = False,
     model: ModelName = None,
     device: DeviceName = "auto",
+    daemon: DaemonPort = None,
+    token_file: TokenFile = None,
     seed: Seed = None,
 ) -> None:
     """Stay with Ardour: its actions fill and split; with --on-arm, arming fills. Ends with Ctrl-C."""
     link(port, config)  # what is not installed is said at once
     roles = _roles(role)
-    engine = _engine(model, device)
+    engine = _engine(model, device, daemon, token_file)
     following = Following(
         find=lambda: ArdourHost.open(port, config=config, roles=roles, free=free),
         engine=engine,
@@ -187,7 +199,10 @@ def _open(port: int, config: Path | None, role: list[str] | None, free: bool) ->
     return host
 
 
-def _engine(model: str | None, device: Device) -> Engine:
+def _engine(model: str | None, device: Device, daemon: int | None, token_file: Path | None) -> Engine:
+    if daemon is not None:
+        token = None if token_file is None else read_token(token_file)
+        return daemon_engine(daemon, token=token, warn=say)
     opened = Model.open(find_bundle(model), device)
     for warning in opened.warnings:
         say(warning)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bridge.ardour_jobs import fill, split
+from bridge.daemon_engine import daemon_engine
 from bridge.filling import Engine, Placed
 from engine.errors import BacklineError, Cancelled
 from plugin_host.ardour import ArdourHost, untried
@@ -98,6 +99,18 @@ def follow(following: Following, stop: threading.Event) -> None:
             following.say(str(error))
         finally:
             _leave(watching, stop.is_set())
+
+
+def follow_with_daemon(
+    port: int, daemon: int, token: str | None, on_arm: bool, say: Say, stop: threading.Event
+) -> None:
+    """Follow the Ardour on an OSC port and let the daemon of this machine play; for `serve --ardour`."""
+    try:
+        engine = daemon_engine(daemon, token=token, warn=say)
+    except BacklineError as error:
+        say(f"Ardour is not followed: {error}")
+        return
+    follow(Following(lambda: ArdourHost.open(port), engine, say, on_arm), stop)
 
 
 def _begin(following: Following) -> Watching:

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,6 +96,13 @@ def serve(
         bool, typer.Option("--unit", help="Print a systemd user unit with these options, and end.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log everything, also here.")] = False,
+    ardour: Annotated[
+        int | None,
+        typer.Option("--ardour", help="Follow the Ardour on this OSC port too; it begins at 3819."),
+    ] = None,
+    on_arm: Annotated[
+        bool, typer.Option("--on-arm", help="With --ardour: fill tracks as they are armed.")
+    ] = False,
 ) -> None:
     """The daemon: jobs over OSC (docs/osc.md), until Ctrl-C or SIGTERM."""
     if os.name != "posix":
@@ -133,8 +141,15 @@ def serve(
         raise typer.Exit(int(any(finding.state == "problem" for finding in findings)))
     folders = prepare_root(config.root)
     start_log(folders.log, verbose)
+    follower, stop = None, threading.Event()
+    if ardour is not None:
+        from bridge.ardour_follow import follow_with_daemon
+
+        follower = threading.Thread(target=follow_with_daemon, args=(ardour, port, token, on_arm, say, stop))
 
     def ready() -> None:
+        if follower is not None:
+            follower.start()
         say(f"Listening on {', '.join(hosts)} port {port}, UDP and TCP; results in {folders.jobs}.")
         if far:
             say(
@@ -142,7 +157,12 @@ def serve(
                 "them; OSC is not encrypted, so use this on a network that you trust."
             )
 
-    asyncio.run(run(config, ready))
+    try:
+        asyncio.run(run(config, ready))
+    finally:
+        stop.set()
+        if follower is not None and follower.ident is not None:
+            follower.join()
 
 
 def send(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from plugin_host.ardour_link import PORT, TALK_SECONDS, WORK_SECONDS, Link, ask,
 from plugin_host.ardour_setup import TRIED
 from plugin_host.host import Grid, Placement, Span, Track
 from plugin_host.roles import guess_role
+
+ARM_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ class ArdourHost:
     def arm(self, track_id: str, armed: bool = True) -> None:
         if not self._ask("arm", track_id, armed):
             raise UsageError(f"The session has no track {track_id}.")
+        until = time.monotonic() + ARM_SECONDS  # Ardour's audio thread does it, in its own time
+        while not any(track.id == track_id and track.armed == armed for track in self.look().tracks):
+            if time.monotonic() > until:
+                raise BacklineError(f"Ardour did not {'arm' if armed else 'disarm'} the track {track_id}.")
+            time.sleep(0.02)
 
     def export(
         self, track_ids: Iterable[str], span: Span | None = None, *, sounding: bool = True

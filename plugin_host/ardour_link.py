@@ -79,8 +79,8 @@ def ask(
 ) -> Any:
     """Run one function of lua/library.lua inside Ardour and return its answer.
 
-    session: the session it is meant for. pickup, work: seconds it may take Ardour to begin and to end. Raises ArdourGone, SessionChanged, and BacklineError where Ardour
-    does not answer or the function fails.
+    session: the session it is meant for. pickup, work: seconds until Ardour has begun and ended. Raises
+    ArdourGone, SessionChanged, and BacklineError where Ardour does not answer or the function fails.
     """
     answer = way.folder / f"answer-{secrets.token_hex(8)}"
     body = f"function() return {call}({', '.join(map(literal, arguments))}) end"
