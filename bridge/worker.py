@@ -44,7 +44,7 @@ NO_MEMORY = (
     "failed to allocate",
     "bad_alloc",
     "memoryallocation",
-    "not enough memory",
+    "cannot allocate memory",
 )
 
 

@@ -24,7 +24,7 @@ from pythonosc.udp_client import SimpleUDPClient
 from test_osc_protocol import example, requests
 
 from bridge.osc import Message
-from bridge.protocol import REPLIES, REQUESTS, named
+from bridge.protocol import OPTIONS, REPLIES, REQUESTS, named
 
 Heard = tuple[str, str, list[Any]]  # address, type tags, arguments
 RESEND = 1.0  # seconds
@@ -218,6 +218,8 @@ def test_every_row_of_the_docs(
         )
         talk.ask(Message("/backline/job/cancel", "s", (f"long-{name}",)), "/backline/job/state")
         assert talk.end(f"long-{name}") == "cancelled"
+        refuse_what_is_wrong(talk, song, name, f"{words['take1']}")
+        use_every_option(talk, song, name)
     assert set(REPLIES) - {heard[0] for heard in talk.heard} == set()
     for address, tags, arguments in talk.heard:
         assert fits(tags, REPLIES[address]), (address, tags, arguments)
@@ -226,6 +228,65 @@ def test_every_row_of_the_docs(
     assert done["more"][0] == "piano"
     sound = soundfile.info(done["more"][1])
     assert (sound.samplerate, sound.frames, sound.subtype) == (22050, 3 * 22050, "FLOAT")
+
+
+def refuse_what_is_wrong(talk: Conversation, song: Path, name: str, used: str) -> None:
+    """The errors that a single request can bring about."""
+    for code, message in {
+        "unknown": Message("/backline/nothing", "s", ("me",)),
+        "arguments": Message("/backline/job/status", "", ()),
+        "type": Message("/backline/tempo/set", "s", ("fast",)),
+        "value": Message("/backline/job/generate", "sf", (f"x-{name}", 0.5)),
+        "size": Message("/backline/track/rename", "ss", ("1", "x" * 300)),
+        "path": Message("/backline/job/split", "ss", (f"x-{name}", "/etc/passwd")),
+        "gone": Message("/backline/job/cancel", "s", (f"x-{name}",)),
+        "conflict": Message("/backline/job/fill", "sss", (used, str(song), "guitar")),
+    }.items():
+        talk.way.send(message)
+        found = talk.until(lambda heard: heard[0] == "/backline/error")
+        assert found, (message, talk.heard[-4:])
+        assert (found[2][0], found[2][2]) == (code, message.address)
+
+
+def use_every_option(talk: Conversation, song: Path, name: str) -> None:
+    """One job of each task with every option that it takes."""
+    values: dict[str, tuple[str, object]] = {
+        "text": ("s", "warm piano"),
+        "audio": ("s", str(song / "bass.wav")),
+        "bpm": ("f", 120.0),
+        "chords": ("s", "C | Am"),
+        "beats_per_bar": ("i", 3),
+        "first_beat": ("f", 0.25),
+        "takes": ("i", 2),
+        "seed": ("i", 7),
+        "steps": ("i", 2),
+        "sampler": ("s", "ddim"),
+        "guidance": ("f", 2.0),
+        "stem:": ("s", str(song / "drums.wav")),
+        "silent": ("s", "bass"),
+        "other": ("s", str(song / "mix.wav")),
+        "method": ("s", "dirac"),
+        "residual": ("i", 1),
+        "raw": ("i", 0),
+        "model": ("s", ""),
+        "priority": ("s", "live"),
+        "timeout": ("f", 60.0),
+    }
+    assert set(values) == set(OPTIONS)
+    first: dict[str, tuple[str, tuple[object, ...]]] = {
+        "generate": ("sf", (1.5,)),
+        "fill": ("sss", ("", "piano")),
+        "split": ("ss", (str(song / "mix.wav"),)),
+        "continue": ("ssf", (str(song), 1.5)),
+    }
+    for task, (tags, arguments) in first.items():
+        words: list[object] = [f"all-{task}-{name}", *arguments]
+        for option, (tag, value) in values.items():
+            if task in OPTIONS[option][1]:
+                words += ["stem:drums" if option == "stem:" else option, value]
+                tags += "s" + tag
+        talk.ask(Message(f"/backline/job/{task}", tags, tuple(words)), ACCEPTED)  # type: ignore[arg-type]
+        assert talk.end(f"all-{task}-{name}") == "done", talk.heard[-3:]
 
 
 ACCEPTED = "/backline/job/accepted"

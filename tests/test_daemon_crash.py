@@ -9,6 +9,7 @@ import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,27 @@ def until_ended(talk: Talk, name: str) -> None:
     while talk.ask("/backline/job/status", name, answer=STATE)["state"] not in ENDED:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can take memory from a running process")
+def test_a_worker_that_runs_out_of_memory_says_so_and_goes_on(tmp_path: Path, tiny_bundle: Path) -> None:
+    import resource
+
+    with daemon(tmp_path / "root", tiny_bundle) as running:
+        talk = Talk(running.port)
+        (worker,) = workers(running)
+        talk.ask("/backline/job/generate", "warm", 1.0, answer=ACCEPTED)
+        assert talk.end_of("warm") == "done"
+        used = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        before = resource.prlimit(worker, resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+        talk.ask("/backline/job/generate", "huge", 1500.0, "steps", 1, answer=ACCEPTED)
+        assert talk.end_of("huge") == "error"
+        assert talk.heard[-1][1]["code"] == "memory", talk.heard[-1]
+        resource.prlimit(worker, resource.RLIMIT_AS, before)
+        talk.ask("/backline/job/generate", "next", 1.0, answer=ACCEPTED)
+        assert talk.end_of("next") == "done"
+        assert workers(running) == [worker]
+        talk.close()
 
 
 def test_one_daemon_per_folder(tmp_path: Path, tiny_bundle: Path) -> None:
