@@ -98,7 +98,7 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log everything, also here.")] = False,
     ardour: Annotated[
         int | None,
-        typer.Option("--ardour", help="Follow the Ardour on this OSC port too; it begins at 3819."),
+        typer.Option("--ardour", help="Also follow the Ardour on this OSC port, such as 3819."),
     ] = None,
     on_arm: Annotated[
         bool, typer.Option("--on-arm", help="With --ardour: fill tracks as they are armed.")

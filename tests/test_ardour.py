@@ -17,6 +17,7 @@ import ardour_session
 import numpy as np
 import pytest
 from command import backline, noise, refused
+from daemon_process import Talk, daemon
 from numpy.typing import NDArray
 from pythonosc.osc_message import OscMessage
 
@@ -200,6 +201,18 @@ def awaited(look: Callable[[], bool], seconds: float = 10.0) -> bool:
     return look()
 
 
+def select(host: ArdourHost, span: Span) -> None:
+    """As with the range tool."""
+    lua(
+        host,
+        "local first, last = ... "
+        "Editor:set_loop_range(Temporal.timepos_t(first), Temporal.timepos_t(last), '') "
+        "Editor:access_action('Editor', 'select-loop-range')",
+        span.start,
+        span.end,
+    )
+
+
 def sound_of(host: ArdourHost, name: str, span: Span | None = None) -> NDArray[np.float32]:
     """(channels, samples) of what lies on a track."""
     track_id = tracks(host)[name].id
@@ -285,19 +298,12 @@ def test_ardour_tells_the_grid_and_the_selection(host: ArdourHost) -> None:
     assert grid is not None and (grid.bpm, grid.beats_per_bar) == (120, 4)
     assert round(grid.first_beat * RATE) == 2 * RATE - START
     assert replace(host, free=True).grid(Span(0, RATE)) is None
-    lua(host, "Editor:set_loop_range(Temporal.timepos_t(4800), Temporal.timepos_t(96000), '')")
-    lua(host, "Editor:access_action('Editor', 'select-loop-range')")
+    select(host, Span(4800, 96000))
     assert host.selection == Span(4800, 96000)
 
 
 def test_ardour_piano_armed_by_an_osc_client_is_filled(host: ArdourHost, user: User, player: Engine) -> None:
-    lua(
-        host,
-        "Editor:set_loop_range(Temporal.timepos_t(...), Temporal.timepos_t(select(2, ...)), '')",
-        PLAYING.start,
-        PLAYING.end,
-    )
-    lua(host, "Editor:access_action('Editor', 'select-loop-range')")
+    select(host, PLAYING)
     with followed(host, player, on_arm=True) as said:
         user.arm("piano")
         assert awaited(lambda: any("Filled" in line for line in said), 30), said
@@ -435,6 +441,40 @@ def test_ardour_fill_on_arm_finds_no_place_once_it_rolls(host: ArdourHost, user:
     with pytest.raises(BacklineError, match="no longer armed"):
         fill(careful, disarms, span=PLAYING, seed=1)
     assert regions(host, "piano") == []
+
+
+def test_ardour_is_played_by_the_daemon_which_hears_of_disarming(
+    host: ArdourHost, user: User, studio: Studio
+) -> None:
+    select(host, PLAYING)
+    with daemon(studio.home / "daemon", None, "--ardour", host.way.port, "--on-arm") as played:
+        said = studio.home / "daemon.err"
+        assert awaited(lambda: "Following song" in said.read_text(), 60), said.read_text()
+        user.arm("piano")
+        assert awaited(lambda: "Filled piano" in said.read_text(), 60), said.read_text()
+        assert regions(host, "piano") == [[START, PLAYING.length]]
+        user.send("/undo")
+        talk = Talk(played.port)
+        done = talk.ask("/backline/job/list", 0, 1, answer="/backline/job/state")
+        assert (done["task"], done["state"]) == ("fill", "done")
+        far = 240 * RATE  # a long session takes long enough to change one's mind
+        host.place(tracks(host)["bass"].id, stem(studio.home, "bass"), far)
+        lua(host, "Editor:get_selection():clear_all()")
+        user.arm("piano")
+        state = done
+        until = time.monotonic() + 60
+        while (state["id"] == done["id"] or state["state"] == "queued") and time.monotonic() < until:
+            state = talk.ask("/backline/job/list", 0, 1, answer="/backline/job/state")
+            time.sleep(0.1)
+        assert state["state"] == "running"
+        user.arm("piano", armed=False)
+        assert awaited(lambda: "called off" in said.read_text()), said.read_text()
+        status = ("/backline/job/status", state["id"])
+        assert awaited(lambda: talk.ask(*status, answer="/backline/job/state")["state"] == "cancelled", 20)
+        talk.close()
+    assert regions(host, "piano") == []
+    user.send("/undo")
+    assert awaited(lambda: host.length == PLAYING.end)
 
 
 def test_ardour_action_fills_what_is_armed(host: ArdourHost, user: User, studio: Studio) -> None:
@@ -612,7 +652,7 @@ def test_ardour_second_one_on_another_port_is_killed_and_started_again(
         piano, bass = there.tracks()[0].id, there.create_track("bass").id
         there.place(bass, stem(studio.home, "bass", rate), 0)
         there.arm(piano)
-        with pytest.raises(ArdourGone, match=rf"port {running.port}.* What was played is in") as caught:
+        with pytest.raises(BacklineError, match=rf"port {running.port}.* What was played is in") as caught:
             fill(there, Strummer(killed), seed=1)
         assert read(kept(caught.value) / "piano.wav").length == end
     assert host.look().name == "song" and regions(host, "piano") == []

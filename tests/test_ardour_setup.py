@@ -29,10 +29,13 @@ from plugin_host.ardour_setup import (
 
 # As Ardour writes them: bytecode with every kind of byte, an origin, an icon, a name with quotes.
 MINE = (
-    b'scripts = {} scripts[1] = {} scripts[1]["a"] = {} scripts[1]["a"]["x-script-origin"] = "/usr/mine.lua"   '
-    b'scripts[1]["c"] = "\\27LuaS\\0\\25\x93\\13\\\n\\26\xff\\"]= " scripts[1]["f"] = "return function () end" '
+    b'scripts = {} scripts[1] = {} scripts[1]["a"] = {} '
+    b'scripts[1]["a"]["x-script-origin"] = "/usr/mine.lua"   '
+    b'scripts[1]["c"] = "\\27LuaS\\0\\25\x93\\13\\\n\\26\xff\\"]= " '
+    b'scripts[1]["f"] = "return function () end" '
     b'scripts[1]["n"] = "The \\"best\\" Backline: ever" scripts[1]["s"] = "scripts[3] = {} " '
-    b'scripts[2] = {} scripts[2]["a"] = {} scripts[2]["c"] = true scripts[2]["n"] = "Other" scripts[2]["v"] = -1.5e-3 '
+    b'scripts[2] = {} scripts[2]["a"] = {} scripts[2]["c"] = true scripts[2]["n"] = "Other" '
+    b'scripts[2]["v"] = -1.5e-3 '
 )
 HOOKS = b"<ActionHooks>\n    <LuaCallback lua='Lua 5.3' id='7'>c2NyaXB0cw==</LuaCallback>\n  </ActionHooks>"
 
