@@ -41,8 +41,8 @@ def start_daemon(root: Path, port: int, *options: str) -> subprocess.Popen[bytes
     """A daemon in a process of its own, which may not be ready yet."""
     command = [sys.executable, "-P", "-m", "bridge.cli", "serve", "--root", str(root), "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "stderr.txt").open("ab") as log:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_suffix(".stderr").open("ab") as log:
         return subprocess.Popen(
             [*command, "--allow", str(SONG), *options], stdout=log, stderr=log, env=environment
         )

@@ -179,7 +179,7 @@ def main(rounds: int, seed: int) -> None:
         facts,
         [
             f"Killed at random moments with up to four jobs in flight: {dict(killed)}. After each, all of",
-            "it is looked at: every wav readable and unchanged, no other file in `jobs/`, nothing in `work/`,",
+            "it is looked at: every wav readable and unchanged, no other file in `jobs/`, none in `work/`,",
             "every accepted job listed and ended in exactly one way, `done` exactly where there is a folder,",
             "one worker, none of a dead daemon.",
             "",

@@ -198,7 +198,7 @@ def prepare_root(folder: Path) -> Root:
 
 def _lock(root: Root) -> int:
     """One daemon per root. The worker inherits the lock, so a killed daemon's last one is waited for."""
-    handle = os.open(root.folder / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(root.lock, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + 3
     while True:
         try:

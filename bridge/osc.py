@@ -25,6 +25,7 @@ BUNDLE_HEAD = len(BUNDLE) + 8  # and the timetag
 WILDCARDS = frozenset(b" #*,?[]{}")  # what OSC 1.0 keeps out of the addresses of methods
 FIXED = {"i": 4, "f": 4, "h": 8, "d": 8, "T": 0, "F": 0}  # bytes of an argument; strings measure themselves
 SLIP_END = slip.END[0]
+FIRST_BYTES = (b"\0", slip.END, b"/", b"#")
 
 
 class Malformed(Exception):
@@ -137,6 +138,7 @@ class Framing:
     """The packets in a TCP stream: length prefixes (OSC 1.0, liblo) or SLIP (OSC 1.1), by the first byte.
 
     A length begins with a zero byte, since no packet has 16 MB; SLIP begins with END or with the packet.
+    Anything else is no OSC: a web page that posts to this port must not get a word in after its HTTP header.
     """
 
     def __init__(self) -> None:
@@ -145,6 +147,8 @@ class Framing:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The packets that are complete now. Raises Malformed where the stream cannot be followed further."""
+        if self.slip is None and data[:1] not in FIRST_BYTES:
+            raise Malformed("malformed", "A stream must begin with a length, or with SLIP's END.")
         self._buffer += data
         if self.slip is None:
             self.slip = self._buffer[0] != 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.protocol import ENDED
+from engine.errors import BacklineError
 
 JOB = "job.json"
 KEPT_ROWS = 20000  # ended jobs that are remembered; their ids cannot be used again until then
@@ -90,16 +91,28 @@ class Root:
         return self.folder / "state.sqlite"
 
     @property
+    def lock(self) -> Path:
+        return self.folder / "daemon.lock"
+
+    @property
     def log(self) -> Path:
         return self.folder / "daemon.log"
 
 
 def make_root(folder: Path) -> Root:
-    """Makes the folders where they are missing; nobody else may look into them."""
+    """Makes the folders where they are missing; nobody else may look into them.
+
+    Raises BacklineError for a folder that holds other things: what lies in its `work` would be removed.
+    """
     root = Root(folder.resolve())
+    if root.folder.is_dir() and any(root.folder.iterdir()) and not root.lock.exists():
+        raise BacklineError(
+            f"{folder} is not empty and no daemon's folder: choose another."
+        )
     for path in (root.folder, root.jobs, root.inputs, root.work):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o700)
+    root.lock.touch(mode=0o600)
     return root
 
 

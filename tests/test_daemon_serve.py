@@ -90,6 +90,15 @@ def test_other_machines_need_a_token_that_only_the_user_can_read(capsys: Capture
     refused(backline(capsys, "serve", "--allow", tmp_path / "none"), 1, "is not a folder")
 
 
+def test_a_folder_with_other_things_in_it_is_not_taken_for_the_daemons(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.wav").write_text("mine")
+    refused(backline(capsys, "serve", "--root", tmp_path), 1, "is not empty")
+    assert (tmp_path / "work" / "mine.wav").exists() and not (tmp_path / "jobs").exists()
+
+
 def test_a_taken_port_is_said_in_a_sentence(tmp_path: Path, running: Running, tiny_bundle: Path) -> None:
     other = start(tmp_path / "root", tiny_bundle, port=running.port)
     assert other.process.wait(20) == 1

@@ -159,6 +159,8 @@ def test_a_stream_gives_its_packets_however_it_is_cut(packets: list[bytes], by_s
     [
         struct.pack(">I", MAX_PACKET + 1),
         struct.pack(">I", 0),
+        b"POST / HTTP/1.1\r\n\r\n\xc0/backline/hello\0",
+        b"\x01",
         b"\xc0/a\xdb\x01\xc0",
         b"\xc0" + b"/" * (2 * MAX_PACKET + 1),
     ],
