@@ -106,9 +106,7 @@ def make_root(folder: Path) -> Root:
     """
     root = Root(folder.resolve())
     if root.folder.is_dir() and any(root.folder.iterdir()) and not root.lock.exists():
-        raise BacklineError(
-            f"{folder} is not empty and no daemon's folder: choose another."
-        )
+        raise BacklineError(f"{folder} is not empty and no daemon's folder: choose another.")
     for path in (root.folder, root.jobs, root.inputs, root.work):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o700)
