@@ -48,9 +48,9 @@ def story(model: Model, folder: Path, rate: int, channels: int, seconds: float) 
     host.arm(piano)
     heard = listen(host, engine.stems, Span(start, host.length))
     around = float(np.mean([loudness(part) for part in heard.context.values()]))
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     (placed,) = fill_armed(host, engine, span=heard.span, seed=1)
-    fill_seconds = time.perf_counter() - began
+    fill_seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     filled = read(host.export([piano], heard.span)[piano])
     host.undo()
     undone = not host.state.tracks[3].regions
@@ -69,6 +69,7 @@ def story(model: Model, folder: Path, rate: int, channels: int, seconds: float) 
         "channels": channels,
         "starts_at_the_sample": placed.position == start,
         "fill_seconds": round(fill_seconds, 2),
+        "fill_cpu_seconds": round(cpu_seconds, 2),
         "audio_seconds": round(heard.span.length / rate, 2),
         "loudness_above_context_lu": round(loudness(filled) - around, 2),
         "undone_and_redone": undone and len(host.state.tracks[3].regions) == 1,
@@ -105,15 +106,16 @@ def _markdown(report: dict[str, Any]) -> str:
         "The story of bench/session_host.py with the default model. Loudness: the piano's, less the mean of",
         "what it plays with. Null: the peak of what the split leaves of the mix, to the peak of the mix.",
         "",
-        "| Hz | channels | fill, s | of s | loudness, LU | undo, redo | takes | null, dB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Hz | channels | fill, s | its CPU, s | of s | loudness, LU | undo, redo | takes | null, dB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["stories"]:
         marks = ["yes" if row[key] else "NO" for key in ("undone_and_redone", "both_are_second_takes")]
-        lines.append(
-            f"| {row['rate']} | {row['channels']} | {row['fill_seconds']} | {row['audio_seconds']} | "
-            f"{row['loudness_above_context_lu']} | {marks[0]} | {marks[1]} | {row['split_null_db']} |"
-        )
+        cells = [
+            row[key] for key in ("rate", "channels", "fill_seconds", "fill_cpu_seconds", "audio_seconds")
+        ]
+        cells += [row["loudness_above_context_lu"], *marks, row["split_null_db"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
         f"VST3s of this machine, each with {PLUGIN_SECONDS:g} s a run. Seconds: described once, run twice.",

@@ -29,6 +29,7 @@ def import_session(path: Path, folder: Path) -> SessionHost:
         host.set_tempo(points)
         for track in project.tracks:
             _add(host, project, track)
+        host.forget_steps(f"import {path.name}")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -47,6 +47,8 @@ def set_parameters(plugin: Any, values: dict[str, bool | float | str], names: li
             raise ValueError(f"{name} is none of its parameters ({', '.join(names)})")
         try:
             setattr(plugin, name, value)
+        except TypeError as error:
+            raise ValueError(f"{name} takes a number, not {value!r}") from error
         except Exception as error:  # pedalboard raises several
             raise ValueError(f"{name} cannot be {value}: {error}") from error
 

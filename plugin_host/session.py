@@ -196,6 +196,11 @@ class SessionHost:
 
         self._step(f"{self._track(track_id).name}: remove region", change)
 
+    def forget_steps(self, label: str) -> None:
+        """Make what the session holds now its beginning, called `label`."""
+        with locked(self.folder):
+            self.file = write_first(self.folder, read_session(self.folder).session, label)
+
     def undo(self) -> str:
         """Take the last step back; returns what it was called. Raises BacklineError without one."""
         with locked(self.folder):

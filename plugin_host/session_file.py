@@ -153,8 +153,7 @@ def read_session(folder: Path) -> SessionFile:
 
 def write_step(folder: Path, before: SessionFile, state: SessionState, label: str) -> SessionFile:
     """Save a new state as one step that undo takes back. Raises BacklineError where it cannot be written."""
-    taken = [int(path.stem) for path in (folder / HISTORY).glob("*.json") if path.stem.isdigit()]
-    revision = max([before.revision, *taken]) + 1
+    revision = max(before.revision + 1, _next_revision(folder))
     past = (*before.past, before.revision)[-STEPS_KEPT:]
     after = SessionFile(revision=revision, label=label, past=past, session=state)
     _keep(folder, before)
@@ -178,10 +177,11 @@ def step_forward(folder: Path, now: SessionFile) -> SessionFile:
     return _go(folder, now, now.future[-1], past=(*now.past, now.revision), future=now.future[:-1])
 
 
-def write_first(folder: Path, state: SessionState) -> SessionFile:
-    """The file of a new session."""
-    first = SessionFile(session=state)
+def write_first(folder: Path, state: SessionState, label: str = "new") -> SessionFile:
+    """The file of a session without a past: a new one, or one whose steps so far are nobody's to undo."""
+    first = SessionFile(revision=_next_revision(folder), session=state, label=label)
     _write(folder / SESSION, first)
+    _forget(folder, set())
     return first
 
 
@@ -228,6 +228,12 @@ def _go(
 
 def _history(folder: Path, revision: int) -> Path:
     return folder / HISTORY / f"{revision:06d}.json"
+
+
+def _next_revision(folder: Path) -> int:
+    """A number that no kept state has: one of a step that was cut short must not be taken for another."""
+    taken = [int(path.stem) for path in (folder / HISTORY).glob("*.json") if path.stem.isdigit()]
+    return max(taken, default=-1) + 1
 
 
 def _keep(folder: Path, file: SessionFile) -> None:

@@ -182,6 +182,9 @@ def test_effects_change_the_bounce_and_are_shown(session: Session, tmp_path: Pat
     assert np.array_equal(samples(tmp_path / "b.wav"), dry)
     refused(session("plugins", "guitar", "--set", "1.gain=3"), 1, "none of its parameters")
     refused(session("plugins", "guitar", "--remove", 2), 2, "no effect 2")
+    refused(
+        session("plugins", "guitar", "--add", "Gain", "--set", "2.gain_db=x"), 1, "takes a number, not 'x'"
+    )
     refused(session("plugins", "guitar", "--set", "gain=3"), 2, "which effect")
     refused(session("plugins", "guitar", "--preset", "1=x.vstpreset"), 2, "takes no presets")
 
@@ -231,6 +234,9 @@ def test_export_and_new_from_it(session: Session, tmp_path: Path, suffix: str) -
         one.ok("bounce", "--out", tmp_path / f"{one.folder.name}.wav")
     assert np.array_equal(samples(tmp_path / "song.wav"), samples(tmp_path / "again.wav"))
     assert again.ok("show", "--json").json["session"]["tempo_map"][0]["bpm"] == 87
+    refused(again("undo"), 1, "nothing to undo")
+    again.ok("mute", "bass")
+    assert "muted" in again.ok("undo").out
 
 
 def test_files_of_any_rate_and_length_come_in(session: Session, tmp_path: Path) -> None:
