@@ -41,11 +41,15 @@ Say = Callable[[str], None]
 
 @dataclass
 class Job:
-    """A fill or a split in the making. tracks: whose disarming calls it off; empty for what was asked for."""
+    """A fill or a split in the making. tracks: whose disarming calls it off; empty for what was asked for.
+
+    played: there is nothing left to call off: Ardour itself looks at what is armed before it places.
+    """
 
     what: str
     tracks: frozenset[str]
     cancel: threading.Event = field(default_factory=threading.Event)
+    played: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
 
 
@@ -164,16 +168,21 @@ def _hear(following: Following, watching: Watching, address: str, arguments: tup
     job = watching.job
     if address == "/strip/recenable":
         watching.due = time.monotonic() + following.patience
-        if job is not None and job.tracks and not job.cancel.is_set():
+        if arguments and not arguments[-1]:  # what is disarmed and armed again is armed anew
             armed = {track.id for track in watching.host.look().tracks if track.armed}
-            if not job.tracks <= armed:
-                following.say("Disarmed: the fill is called off.")
-                job.cancel.set()
+            watching.seen &= armed
+            if job is not None and not job.tracks <= armed:
+                _call_off(following, job, "Disarmed")
     elif address in ROLLING and arguments and arguments[-1]:
         watching.called_off = watching.due is not None
-        if job is not None and job.tracks and not job.cancel.is_set():
-            following.say("Rolling: the fill is called off.")
-            job.cancel.set()
+        if job is not None and job.tracks:
+            _call_off(following, job, "Rolling")
+
+
+def _call_off(following: Following, job: Job, why: str) -> None:
+    if not job.cancel.is_set() and not job.played.is_set():
+        following.say(f"{why}: the fill is called off.")
+        job.cancel.set()
 
 
 def _due(following: Following, watching: Watching) -> None:
@@ -200,8 +209,8 @@ def _start(following: Following, watching: Watching, job: Job) -> None:
             if job.what == "split":
                 placed = split(host, following.engine, seed=seed, callback=callback)
             else:
-                options: dict[str, Any] = {"text": following.text, "seed": seed}
-                placed = fill(host, following.engine, **options, callback=callback, warn=following.say)
+                options: dict[str, Any] = {"text": following.text, "seed": seed, "callback": callback}
+                placed = fill(host, following.engine, **options, warn=following.say, then=job.played.set)
         except Cancelled:
             pass  # it was said when it was called off
         except BacklineError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from plugin_host.host import Span
 
 @dataclass
 class Remembering:
-    """An Engine that keeps what it played last, for the case that it finds no place."""
+    """An Engine that keeps what it played last, in case it finds no place. then: called when it has."""
 
     engine: Engine
+    then: Callable[[], None] = lambda: None
     played: Mapping[str, Audio] = field(default_factory=dict)
 
     @property
@@ -31,6 +32,7 @@ class Remembering:
 
     def fill(self, *arguments: Any, **options: Any) -> Mapping[str, Audio]:
         self.played = self.engine.fill(*arguments, **options)
+        self.then()
         return self.played
 
     def split(self, *arguments: Any, **options: Any) -> Mapping[str, Audio]:
@@ -47,9 +49,13 @@ def fill(
     seed: int,
     callback: Callback | None = None,
     warn: Warn | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> list[Placed]:
-    """bridge.filling.fill_armed; where the result finds no place in Ardour its wavs are kept, and named."""
-    remembering = Remembering(engine)
+    """bridge.filling.fill_armed; where the result finds no place in Ardour its wavs are kept, and named.
+
+    then: called when all is played, and only to be placed.
+    """
+    remembering = Remembering(engine, then)
     try:
         return fill_armed(host, remembering, span=span, text=text, seed=seed, callback=callback, warn=warn)
     except Cancelled:
