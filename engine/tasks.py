@@ -18,6 +18,7 @@ from engine.model import Model
 from engine.separation import split as split
 from engine.take import Callback, Settings, Take, clock, make_record, resolve, stretch
 from engine.windows import (
+    Batch,
     Conditions,
     Known,
     Report,
@@ -44,13 +45,15 @@ def generate(
     beats_per_bar: int = 4,
     first_beat: float = 0.0,
     settings: Settings | None = None,
+    batch: Batch | None = None,
     callback: Callback | None = None,
 ) -> Take:
     """All stems, round(seconds * rate) samples each, mono at the vocoder's rate.
 
     text, audio: prompts. bpm, beats_per_bar, first_beat (seconds): the tempo grid. chords: a chart such as
-    "C | Am | F G | G7", one cell a bar, repeated over the length. callback(phase, fraction of the job)
-    raises to cancel. Raises UsageError for a request that the model cannot meet.
+    "C | Am | F G | G7", one cell a bar, repeated over the length. batch: takes that differ in settings.seed
+    alone and are sampled together. callback(phase, fraction of the job) raises to cancel.
+    Raises UsageError for a request that the model cannot meet.
     """
     settings = resolve(settings or Settings(), model.manifest)
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
@@ -66,6 +69,7 @@ def generate(
         settings,
         known=nothing_known(model),
         conditions=conditions,
+        batch=batch,
         report=stretch(callback, "sample", 0.05, 0.8),
     )
     started = clock(timings, "sample", started)
@@ -94,6 +98,7 @@ def fill(
     first_beat: float = 0.0,
     other: Audio | None = None,
     settings: Settings | None = None,
+    batch: Batch | None = None,
     callback: Callback | None = None,
 ) -> Take:
     """The armed stems, to go with the context: at its rate, its length and its highest channel count.
@@ -136,6 +141,7 @@ def fill(
         settings,
         known=_context_latents(model, signals, silent, gain),
         conditions=told if heard is None else _with_other(model, told, heard, gain),
+        batch=batch,
         report=stretch(callback, "sample", 0.05, 0.8),
     )
     started = clock(timings, "sample", started)
@@ -173,6 +179,7 @@ def continue_(
     beats_per_bar: int = 4,
     first_beat: float = 0.0,
     settings: Settings | None = None,
+    batch: Batch | None = None,
     callback: Callback | None = None,
 ) -> Take:
     """What the stems of `before` play next: round(seconds * rate) samples each, to follow their last one.
@@ -214,6 +221,7 @@ def continue_(
         settings,
         known=known,
         conditions=told,
+        batch=batch,
         report=stretch(callback, "sample", 0.05, 0.8),
     )
     started = clock(timings, "sample", started)

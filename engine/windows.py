@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import gcd
 
 import numpy as np
@@ -26,6 +27,24 @@ Wrap = Callable[[Denoiser, int, int], Denoiser]
 SEAM = 4  # a quarter of a window is given to the next one as context
 BLEND = 8  # an eighth of a window is crossfaded where decoded windows meet
 SHARED_FACTOR = 8  # a shorter window keeps this common factor with the model's own, for its downsampling
+
+
+@dataclass
+class Batch:
+    """Takes of one request: a task called with one seed after another samples the next `size` together.
+
+    seeds: all of them, in the order in which they will be asked for; the rest of the request must be the
+    same. made: latents that wait to be asked for.
+    """
+
+    seeds: Sequence[int]
+    size: int = 8
+    made: dict[int, FloatArray] = field(default_factory=dict)
+
+    def next(self, seed: int) -> list[int]:
+        """The seeds to sample together now, beginning with this one."""
+        first = self.seeds.index(seed)
+        return list(self.seeds[first : first + self.size])
 
 
 def window_starts(total: int, window: int, overlap: int) -> list[int]:
@@ -56,43 +75,51 @@ def sample_timeline(
     known: Known,
     conditions: Conditions,
     wrap: Wrap | None = None,
+    batch: Batch | None = None,
     report: Report,
 ) -> FloatArray:
-    """(S, Z, total, F) latents, scaled. `settings` must be resolved.
+    """(S, Z, total, F) latents, scaled. `settings` must be resolved. batch: takes that are sampled together.
 
     Windows follow one another; what a window shares with the one before is known to it, per stem and
     frame, as `context` where the bundle declares it and by inpainting in any case. `wrap` puts a
     posterior around the denoiser of a window. Each window draws its noise from the seed and its number.
     """
+    if batch is not None and settings.seed in batch.made:
+        return batch.made.pop(settings.seed)
+    # Fresh noise in every step is drawn in the order of the batch: such takes are made alone.
+    seeds = batch.next(settings.seed) if batch is not None and not settings.eta else [settings.seed]
     stems, channels, window, freq = model.manifest.latent_shape
     window = min(window, total)
-    timeline = np.zeros((stems, channels, total, freq), np.float32)
+    timeline = np.zeros((len(seeds), stems, channels, total, freq), np.float32)
     starts = window_starts(total, window, window // SEAM)
     done = 0
     for number, start in enumerate(starts):
         shared = max(0, done - start)
         given, mask = known(start, window)
         free = (1 - mask[:, :shared])[:, None, :, None]
-        given[:, :, :shared] += free * timeline[:, :, start:done]
+        given = np.repeat(given[None], len(seeds), axis=0)
+        given[:, :, :, :shared] += free * timeline[:, :, :, start:done]
         mask[:, :shared] = 1
         denoise = _window_denoiser(model, settings, given, mask, conditions(start, window))
         if wrap is not None:
             denoise = wrap(denoise, start, window)
-        rng = np.random.default_rng([settings.seed, number])
-        x = rng.standard_normal((1, stems, channels, window, freq), np.float32)
+        rngs = [np.random.default_rng([seed, number]) for seed in seeds]
+        x = np.stack([rng.standard_normal((stems, channels, window, freq), np.float32) for rng in rngs])
         if mask.any():
-            denoise = inpainted(denoise, given[None], mask[None], model.schedule, x.copy())
+            denoise = inpainted(denoise, given, mask[None], model.schedule, x.copy())
 
         def step(done_steps: int, steps: int, number: int = number) -> None:
             report((number + done_steps / steps) / len(starts))
 
         sampler = SAMPLERS[str(settings.sampler)]
         latents = sampler(
-            denoise, x, model.schedule, steps=settings.steps, eta=settings.eta, rng=rng, callback=step
+            denoise, x, model.schedule, steps=settings.steps, eta=settings.eta, rng=rngs[0], callback=step
         )
-        timeline[:, :, start + shared : start + window] = latents[0, :, :, shared:]
+        timeline[:, :, :, start + shared : start + window] = latents[:, :, :, shared:]
         done = start + window
-    return timeline
+    if batch is not None:
+        batch.made.update(zip(seeds[1:], timeline[1:], strict=True))
+    return timeline[0]
 
 
 def nothing_known(model: Model) -> Known:
@@ -165,7 +192,7 @@ def _window_denoiser(
 ) -> Denoiser:
     if model.supports("context"):
         known = given * mask[:, None, :, None]
-        conditions = conditions | {"context": known[None], "context_mask": mask[None]}
+        conditions = conditions | {"context": known, "context_mask": mask[None]}
     denoise = model.denoiser(conditions)
     if "film" not in conditions or settings.guidance in (None, 1.0):
         return denoise
