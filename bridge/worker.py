@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import engine.model
 from bridge.jobs import find_stems
 from bridge.store import JOB, Root, sync_folder
 from engine.audio import Audio, read, write
@@ -35,9 +36,12 @@ from engine.errors import BacklineError, Cancelled, UsageError
 from engine.model import Device, Model
 from engine.take import Callback, Settings, Take
 from engine.tasks import continue_, fill, generate, split
+from engine.windows import Batch
 
 BEAT = 1.0  # seconds between signs of life
 PROGRESS = 0.1  # seconds between reports of one job
+BATCH = 8  # takes that are sampled together at most
+SAMPLED = 0.8  # of a task's progress is behind it when it has sampled
 MUSIC = ("text", "bpm", "chords", "beats_per_bar", "first_beat")
 NO_MEMORY = (
     "out of memory",
@@ -252,18 +256,19 @@ def _work(worker: Worker, job: dict[str, Any], work: Path, callback: Callback) -
     inputs = _read_inputs(worker, request, model.manifest.stems)
     takes = int(request.get("takes", 1))
     seed = int(request["seed"])
+    batch = Batch([seed + number for number in range(takes)], 1 if job["task"] == "split" else BATCH)
     notes: list[str] = []
     record: dict[str, Any] = {}
     for number in range(takes):
-        make = partial(
-            _make, model, job["task"], request, inputs, seed + number, _share(callback, number, takes)
-        )
-        take = _with_less_memory(make, notes)
+        part = _share(callback, number, takes, batch.size)
+        make = partial(_make, model, job["task"], request, inputs, seed + number, batch, part)
+        take = _with_less_memory(make, batch, notes)
         record = take.record | {
             "backline": job["backline"],
             "job": job["id"],
             "take": number + 1,
             "takes": takes,
+            "batch": batch.seeds[number - number % batch.size :][: batch.size],
             "inputs": {name: {"file": str(path), "sha256": sha} for name, (path, sha, _) in inputs.items()},
         }
         record["warnings"] = list(dict.fromkeys([*record["warnings"], *notes]))
@@ -283,19 +288,28 @@ def _work(worker: Worker, job: dict[str, Any], work: Path, callback: Callback) -
     return facts
 
 
-def _share(callback: Callback, number: int, takes: int) -> Callback:
-    return lambda phase, fraction: callback(phase, (number + fraction) / takes)
+def _share(callback: Callback, number: int, takes: int, size: int) -> Callback:
+    """A take's progress as the job's: the first of a batch samples for all of it."""
+    first = number - number % size
+    group = min(size, takes - first)
+
+    def share(phase: str, fraction: float) -> None:
+        sampled = SAMPLED * group if number > first else min(fraction, SAMPLED) * group
+        rendered = (number - first) * (1 - SAMPLED) + max(0.0, fraction - SAMPLED)
+        callback(phase, (first + sampled + rendered) / takes)
+
+    return share
 
 
-def _with_less_memory(make: Callable[[], Take], notes: list[str]) -> Take:
-    """`make()`; where the memory does not suffice, once more with windows and stems one at a time."""
-    import engine.model
-
+def _with_less_memory(make: Callable[[], Take], batch: Batch, notes: list[str]) -> Take:
+    """`make()`; where the memory does not suffice, once more with takes, windows and stems one at a time."""
     try:
         return make()
     except Exception as error:
-        if _code(error) != "memory" or engine.model.BATCH == 1:
+        if _code(error) != "memory" or batch.size == engine.model.BATCH == 1:
             raise
+    batch.size = 1
+    batch.made.clear()
     gc.collect()
     usual = engine.model.BATCH
     engine.model.BATCH = 1
@@ -313,6 +327,7 @@ def _make(
     request: Mapping[str, Any],
     inputs: Mapping[str, tuple[Path, str, Audio]],
     seed: int,
+    batch: Batch,
     callback: Callback,
 ) -> Take:
     settings = Settings(
@@ -326,7 +341,9 @@ def _make(
     music |= {name: sounds[name] for name in ("audio",) if name in sounds}
     stems = {name: sound for name, sound in sounds.items() if name in model.manifest.stems}
     if task == "generate":
-        return generate(model, seconds=request["seconds"], settings=settings, callback=callback, **music)
+        return generate(
+            model, seconds=request["seconds"], settings=settings, batch=batch, callback=callback, **music
+        )
     if task == "split":
         how = {"residual": bool(request.get("residual")), "raw": bool(request.get("raw"))}
         method = request.get("method", "mask")
@@ -335,7 +352,13 @@ def _make(
         if not stems and "mix" in sounds:
             stems = split(model, sounds["mix"], settings=Settings(seed=seed)).stems
         return continue_(
-            model, stems, seconds=request["seconds"], settings=settings, callback=callback, **music
+            model,
+            stems,
+            seconds=request["seconds"],
+            settings=settings,
+            batch=batch,
+            callback=callback,
+            **music,
         )
     return fill(
         model,
@@ -344,6 +367,7 @@ def _make(
         silent=_listed(request.get("silent", "")),
         other=sounds.get("other"),
         settings=settings,
+        batch=batch,
         callback=callback,
         **music,
     )

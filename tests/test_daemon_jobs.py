@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from command import noise, write_song
@@ -22,7 +23,8 @@ from engine.audio import Audio
 from engine.errors import UsageError
 from engine.model import Model
 from engine.take import Settings
-from engine.tasks import continue_
+from engine.tasks import continue_, fill, generate
+from engine.windows import Batch
 
 ACCEPTED = "/backline/job/accepted"
 STATE = "/backline/job/state"
@@ -99,15 +101,20 @@ def test_a_fill_leaves_float_wavs_and_all_it_takes_to_make_them_again(
     assert take_of(talk, "again")["piano"].read_bytes() == path.read_bytes()
 
 
-def test_several_takes_differ_and_each_can_be_made_again_alone(talk: Talk) -> None:
+def test_several_takes_differ_and_can_be_made_again(talk: Talk) -> None:
     talk.ask("/backline/job/generate", "many", 2.0, "takes", 3, "seed", 5, answer=ACCEPTED)
     assert talk.end_of("many") == "done"
     takes = [take_of(talk, "many", number)["drums"] for number in (1, 2, 3)]
     assert len({path.read_bytes() for path in takes}) == 3
-    seed = json.loads((takes[2].parent / "take.json").read_text("utf-8"))["seed"]
-    talk.ask("/backline/job/generate", "third", 2.0, "seed", seed, answer=ACCEPTED)
+    record = json.loads((takes[2].parent / "take.json").read_text("utf-8"))
+    assert (record["seed"], record["take"], record["takes"], record["batch"]) == (7, 3, 3, [5, 6, 7])
+    talk.ask("/backline/job/generate", "repeated", 2.0, "takes", 3, "seed", 5, answer=ACCEPTED)
+    assert talk.end_of("repeated") == "done"
+    assert take_of(talk, "repeated", 3)["drums"].read_bytes() == takes[2].read_bytes()
+    talk.ask("/backline/job/generate", "third", 2.0, "seed", 7, answer=ACCEPTED)
     assert talk.end_of("third") == "done"
-    assert take_of(talk, "third")["drums"].read_bytes() == takes[2].read_bytes()
+    alone, together = (soundfile.read(path)[0] for path in (take_of(talk, "third")["drums"], takes[2]))
+    assert abs(alone - together).max() < 1e-4 * abs(together).max()
 
 
 def test_the_same_request_again_starts_nothing_and_tells_the_end_again(talk: Talk, running: Running) -> None:
@@ -164,6 +171,51 @@ def test_a_continuation_follows_what_it_hears(tiny_model: Model) -> None:
         continue_(tiny_model, {"voice": before["bass"]}, seconds=1.0)
     with pytest.raises(UsageError, match="1 to 1800"):
         continue_(tiny_model, before, seconds=0.2)
+
+
+def test_takes_sampled_together_are_those_made_alone(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    whole = Model.denoiser
+
+    def counted(self: Model, conditions: Any) -> Any:
+        denoise = whole(self, conditions)
+
+        def batched(x: np.ndarray, t: int) -> np.ndarray:
+            sizes.append(len(x))
+            return denoise(x, t)
+
+        return batched
+
+    monkeypatch.setattr(Model, "denoiser", counted)
+    context = {"drums": Audio(noise(5.0).T, 22050)}
+    tasks: dict[str, Any] = {
+        "generate": lambda **rest: generate(tiny_model, seconds=5.0, **rest),
+        "fill": lambda **rest: fill(tiny_model, context, ["bass"], text="warm", **rest),
+        "continue": lambda **rest: continue_(tiny_model, context, seconds=4.0, **rest),
+    }
+    seeds = [4, 5, 6, 7, 8]
+    for name, task in tasks.items():
+        alone = [task(settings=Settings(seed, guidance=2.0)) for seed in seeds]
+        sizes.clear()
+        batch = Batch(seeds, size=3)
+        together = [task(settings=Settings(seed, guidance=2.0), batch=batch) for seed in seeds]
+        assert set(sizes) == {3, 2} and not batch.made, name
+        again = Batch(seeds, size=3)
+        for seed, one, other in zip(seeds, alone, together, strict=True):
+            same = task(settings=Settings(seed, guidance=2.0), batch=again)
+            assert one.record["seed"] == other.record["seed"] == seed
+            for stem, sound in one.stems.items():
+                loudest = np.abs(sound.samples).max()
+                assert np.abs(sound.samples - other.stems[stem].samples).max() < 1e-4 * loudest, (name, stem)
+                assert np.array_equal(same.stems[stem].samples, other.stems[stem].samples), (name, stem)
+    # noise in every step: one by one, or the order of the batch would be heard
+    drawn = Settings(4, sampler="ddim", eta=1.0)
+    batch = Batch(seeds)
+    fresh = tasks["generate"](settings=drawn, batch=batch)
+    assert np.array_equal(fresh.mix().samples, tasks["generate"](settings=drawn).mix().samples)
+    assert not batch.made
 
 
 def test_cancel_takes_effect_at_once_and_twice_is_fine(talk: Talk, running: Running) -> None:
