@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.daemon_common import daemon, free_port, percentile, resident, write_report
+from bench.daemon_common import cpu_seconds, daemon, free_port, percentile, resident, write_report
 from bridge.client import connect
 from bridge.osc import read_packet, write_message
 
@@ -103,7 +103,7 @@ class Asker:
 
 
 JOB_TAGS = "sfsisi"
-JOB: list[Any] = [40.0, "steps", 20, "seed", 1]
+JOB: list[Any] = [20.0, "steps", 20, "seed", 1]
 
 
 async def load(askers: list[Asker], job: str, going: asyncio.Event, start: float) -> None:
@@ -127,12 +127,12 @@ async def one_job(port: int, name: str) -> float:
         return (await job.result()).seconds
 
 
-async def rounds(port: int, seconds: float, tcp: bool) -> dict[str, Any]:
+async def rounds(pid: int, port: int, seconds: float, tcp: bool) -> dict[str, Any]:
     """Jobs in turn without and with the load until the load lasted `seconds`."""
     quiet: list[float] = []
     loaded: list[float] = []
     counts: list[Counts] = []
-    lasted = 0.0
+    lasted = spent = asked = 0.0
     kind = "tcp" if tcp else "udp"
     while lasted < seconds or len(quiet) < 2:
         quiet.append(await one_job(port, f"{kind}-quiet-{len(quiet)}"))
@@ -142,12 +142,14 @@ async def rounds(port: int, seconds: float, tcp: bool) -> dict[str, Any]:
         going.set()
         job = asyncio.ensure_future(one_job(port, name))
         await asyncio.sleep(0.3)
-        started = time.perf_counter()
+        started, used, own = time.perf_counter(), cpu_seconds(pid), time.process_time()
         asking = asyncio.ensure_future(load(askers, name, going, started))
         loaded.append(await job)
         going.clear()
         await asking
         lasted += time.perf_counter() - started
+        spent += cpu_seconds(pid) - used
+        asked += time.process_time() - own
         counts += [asker.counts for asker in askers]
         for asker in askers:
             asker.socket.close()
@@ -170,6 +172,8 @@ async def rounds(port: int, seconds: float, tcp: bool) -> dict[str, Any]:
         "job_seconds_quiet": [round(value, 2) for value in quiet],
         "job_seconds_loaded": [round(value, 2) for value in loaded],
         "slower_percent": round(100 * (percentile(loaded, 0.5) / percentile(quiet, 0.5) - 1), 1),
+        "daemon_percent_of_a_core": round(100 * spent / lasted, 1),
+        "generator_percent_of_a_core": round(100 * asked / lasted, 1),
         "jobs_sent": len(quiet) + len(loaded),
         "jobs_listed_so_far": listed["total"],
     }
@@ -182,8 +186,8 @@ def main(seconds: float) -> None:
         daemon(Path(folder) / "root", port) as process,
     ):
         asyncio.run(one_job(port, "warm"))
-        udp = asyncio.run(rounds(port, seconds, tcp=False))
-        tcp = asyncio.run(rounds(port, seconds / 2, tcp=True))
+        udp = asyncio.run(rounds(process.pid, port, seconds, tcp=False))
+        tcp = asyncio.run(rounds(process.pid, port, seconds / 2, tcp=True))
         memory = resident(process.pid)
     jobs = 1 + udp["jobs_sent"] + tcp["jobs_sent"]
     facts = {
@@ -207,7 +211,7 @@ def main(seconds: float) -> None:
         facts,
         [
             "Hello, status, list, a host event and the running job's own request again, each client one",
-            "request at a time. The job is 40 s of music in 20 steps on all cores, in turn without and with",
+            "request at a time. The job is 20 s of music in 20 steps on all cores, in turn without and with",
             "the load, whose generator shares the cores.",
             "",
             "| | UDP | TCP |",
@@ -223,6 +227,8 @@ def main(seconds: float) -> None:
             row("the job, seconds, without load", "job_seconds_quiet"),
             row("the job, seconds, with load", "job_seconds_loaded"),
             row("slower by (medians), %", "slower_percent"),
+            row("the daemon's share of a core meanwhile, %", "daemon_percent_of_a_core"),
+            row("the generator's share of a core meanwhile, %", "generator_percent_of_a_core"),
             "",
             f"Jobs sent: {jobs}; jobs that the daemon lists: {facts['jobs_listed']}.",
         ],
