@@ -3,7 +3,8 @@
     python -m bench.session_rounds [--rounds 200] [--seed 0] [--out bench/results/session_rounds]
 
 After each kill the session is opened again and must be: readable; at the last step that was confirmed, or
-the one step that was under way; and holding, whole, every take that was ever confirmed. Needs os.fork.
+the one step that was under way; and holding, whole, every take that was ever confirmed. And one step of each
+kind is ended before each of its changes to the file system in turn. Needs os.fork.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from plugin_host.session_file import HISTORY, TempoPoint
 RATE = 44100
 MOST_STEPS = 6  # that an editing process may confirm before it is killed within one of the next
 FIRST_GUESS = 0.05  # seconds that a step takes
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.truncate")  # what Python tells audit hooks of
 
 
 def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
@@ -67,6 +72,61 @@ def run_rounds(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
     report["steps_in_the_end"] = SessionHost.open(song).file.revision
     report["history_files"] = len(list((song / HISTORY).glob("*.json")))
     return report
+
+
+def crash_points(folder: Path) -> dict[str, Any]:
+    """End each kind of step before its first, second, ... change to the file system; returns the report."""
+    wav = folder / "take.wav"
+    write(wav, Audio(np.random.default_rng(0).standard_normal((1, RATE)).astype(np.float32), RATE))
+    first = SessionHost.create(folder / "start", sample_rate=RATE, tempo=120)
+    track = first.create_track("piano").id
+    first.place(track, wav, 0)
+    first.set_track(track, gain_db=-3.0)
+    first.undo()
+    steps: dict[str, Callable[[SessionHost], object]] = {
+        "place": lambda host: host.place_all("fill", [Placement(wav, 0, "fill", track)], disarm=[track]),
+        "mixer": lambda host: host.set_track(track, pan=0.5),
+        "undo": lambda host: host.undo(),
+        "redo": lambda host: host.redo(),
+    }
+    report: dict[str, Any] = {"points": {}, "wrong": []}
+    for kind, step in steps.items():
+        shutil.copytree(first.folder, folder / kind)
+        whole = SessionHost.open(folder / kind)
+        step(whole)
+        point, ended = 0, False
+        while not ended:
+            song = folder / f"{kind}-{point}"
+            shutil.copytree(first.folder, song)
+            ended = _step_ends(song, step, point)
+            state = SessionHost.open(song).state
+            if state not in (first.state, whole.state) or (ended and state != whole.state):
+                report["wrong"].append(f"{kind}, before change {point + 1}")
+            SessionHost.open(song).create_track("and on it goes")
+            report["wrong"] += [f"{kind} {point}: {name}" for name in _lost(song, SessionHost.open(song), {})]
+            point += 1
+        report["points"][kind] = point - 1
+    return report
+
+
+def _step_ends(song: Path, step: Callable[[SessionHost], object], point: int) -> bool:
+    """Do a step in a process that ends at once before its change number `point`; whether it had that many."""
+    child = os.fork()
+    if child == 0:
+        changes = iter(range(point))
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            writes = (
+                event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            )
+            if (writes or event in CHANGES) and next(changes, None) is None:
+                os._exit(1)
+
+        host = SessionHost.open(song)
+        sys.addaudithook(hook)
+        step(host)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _edited_and_killed(song: Path, rng: random.Random, step: float) -> tuple[list[dict[str, Any]], float]:
@@ -181,6 +241,10 @@ def _markdown(report: dict[str, Any]) -> str:
         ("sessions that could not be opened", len(report["unreadable"])),
         ("sessions that were neither at the confirmed step nor the next", len(report["astray"])),
     ]
+    points = report["crash_points"]
+    for kind, count in points["points"].items():
+        rows.append((f"points within one step ({kind}) at which the process was ended", count))
+    rows.append(("of these, sessions that were neither as before nor as after", len(points["wrong"])))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"# Random edits, kill -9, reopen\n\n| | |\n|---|---|\n{table}\n"
 
@@ -194,6 +258,8 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = run_rounds(Path(folder), arguments.rounds, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        report["crash_points"] = crash_points(Path(folder))
     report |= {"seconds": round(time.perf_counter() - started, 1), "machine": describe_machine()}
     arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     arguments.out.with_suffix(".md").write_text(_markdown(report), "utf-8")

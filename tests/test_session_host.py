@@ -234,6 +234,20 @@ def test_a_step_killed_while_it_is_written_is_swept_up(host: SessionHost) -> Non
     assert not list(host.folder.rglob(".*.part"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="fork is needed")
+def test_a_process_that_ends_within_a_step_leaves_the_state_before_or_after(tmp_path: Path) -> None:
+    """Before each change to the file system in turn, as the operating system sees them."""
+    code = (
+        "import json, sys; from pathlib import Path; from bench.session_rounds import crash_points\n"
+        "print(json.dumps(crash_points(Path(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["wrong"] == []
+    assert min(report["points"].values()) > 3, report
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is needed")
 def test_kill_minus_9_loses_no_take(tmp_path: Path) -> None:
     """Ten of the rounds of bench/session_rounds.py, which does 200; by a process of its own, for it forks."""
