@@ -184,9 +184,9 @@ def continue_(
 ) -> Take:
     """What the stems of `before` play next: round(seconds * rate) samples each, to follow their last one.
 
-    before: stems at one rate, which the result has too; they end where the longest does. The model hears the last
-    half window of them. first_beat counts from their beginning, and so does a chart of chords. Stems that are
-    not in `before` are generated along and thrown away. The rest as in `generate`.
+    before: stems at one rate, which the result has too; they end where the longest does. The model hears
+    the last half window of them. first_beat counts from their beginning, and so does a chart of chords.
+    Stems that are not in `before` are generated along and thrown away. The rest as in `generate`.
     Raises UsageError for unknown stems, none, and unequal rates.
     """
     manifest = model.manifest
