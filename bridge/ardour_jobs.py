@@ -11,6 +11,7 @@ from typing import Any
 import platformdirs
 
 from bridge.filling import Engine, Placed, Warn, fill_armed, split_to_tracks
+from bridge.outputs import free_folder
 from engine.audio import Audio, write
 from engine.errors import BacklineError, Cancelled, UsageError
 from engine.take import Callback
@@ -62,6 +63,8 @@ def fill(
         raise
     except BacklineError as error:
         raise _kept(error, remembering.played) from error
+    finally:
+        host.tidy()
 
 
 def split(
@@ -88,6 +91,8 @@ def split(
         raise
     except BacklineError as error:
         raise _kept(error, remembering.played) from error
+    finally:
+        host.tidy()
 
 
 def one_region(state: State) -> Picked:
@@ -102,9 +107,10 @@ def _kept(error: BacklineError, played: Mapping[str, Audio]) -> BacklineError:
     """The error; where something had been played already, it is written down and the error says where."""
     if not played:
         return error
-    folder = Path(platformdirs.user_data_dir("backline")) / "unplaced" / time.strftime("%Y-%m-%d %H.%M.%S")
+    place = Path(platformdirs.user_data_dir("backline")) / "unplaced" / time.strftime("%Y-%m-%d %H.%M.%S")
+    folder = free_folder(str(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         for name, part in played.items():
             write(folder / f"{name}.wav", part)
     except (OSError, BacklineError) as failure:

@@ -23,6 +23,7 @@ from engine.take import Callback
 
 LOOK_SECONDS = 0.1  # between two looks at whether a job is called off
 LOADING_SECONDS = 120.0  # that the daemon may take to open its model
+CANCEL_SECONDS = 30.0  # that the daemon may take to end a job that is cancelled
 STEM = "stem:"
 
 
@@ -94,8 +95,10 @@ class DaemonEngine:
                         if callback is not None:
                             callback(job.phase or job.state, job.fraction)
                 except BaseException:
-                    ended.cancel()
                     await job.cancel()
+                    await asyncio.wait({ended}, timeout=CANCEL_SECONDS)  # until then it reads its files
+                    if not ended.cancel():
+                        ended.exception()  # that it was cancelled is no news
                     raise
                 result = await ended
                 if result.note:

@@ -216,6 +216,11 @@ class ArdourHost:
                 )
         return [made["track"] for made in answer["placed"]]
 
+    def tidy(self) -> None:
+        """Remove the wavs of all exports so far."""
+        for path in Path(self.folder.name).iterdir():
+            path.unlink()
+
     def _ask(self, call: str, *arguments: Any) -> Any:
         work = WORK_SECONDS if call in ("bounce", "place") else TALK_SECONDS
         return ask(self.way, call, *arguments, session=self.session, work=work)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -511,7 +512,9 @@ def install_places(studio: Studio) -> dict[str, int]:
 def test_ardour_recording_is_never_touched(host: ArdourHost, user: User) -> None:
     user.arm("piano")
     user.send("/locate", START, 0)
+    assert awaited(lambda: tracks(host)["piano"].armed and host.look().position == START)
     user.send("/rec_enable_toggle")
+    assert awaited(lambda: lua(host, "return Session:record_status() == ARDOUR.Session.RecordState.Enabled"))
     user.send("/transport_play")
     assert awaited(lambda: host.look().recording)
     strummer = Strummer(lambda: time.sleep(1.2))
@@ -550,6 +553,7 @@ def test_ardour_track_is_renamed_while_a_job_runs(host: ArdourHost, user: User) 
     placed = fill(host, strummer, span=PLAYING, seed=1)
     assert [part.track_id for part in placed] == [first.id]
     assert regions(host, "other name") == [[START, PLAYING.length]]
+    assert not list(Path(host.folder.name).iterdir())  # what was exported for it is gone
     user.send("/undo")
     assert awaited(lambda: regions(host, "other name") == [])
 
@@ -577,6 +581,34 @@ def test_ardour_mistakes_are_sentences(
     assert host.look().name == "song"  # an action that raises would have been removed
 
 
+def test_ardour_midi_tracks_are_silent_without_an_instrument(host: ArdourHost, studio: Studio) -> None:
+    made = lua(
+        host,
+        "local midi = ARDOUR.ChanCount(ARDOUR.DataType('midi'), 1) "
+        "for track in Session:new_midi_track(midi, midi, true, "
+        "ARDOUR.PluginInfo(), nil, nil, 1, 'Rhodes', ARDOUR.PresentationInfo.max_order, "
+        "ARDOUR.TrackMode.Normal, true):iter() do return id_of(track) end",
+    )
+    notes = bytes.fromhex("00903c40 8740803c40 00ff2f00")  # a quarter note on middle C
+    head = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480)
+    (studio.home / "notes.mid").write_bytes(head + b"MTrk" + struct.pack(">I", len(notes)) + notes)
+    lua(
+        host,
+        "local path, id = ... local files = C.StringVector() files:push_back(path) "
+        "Editor:do_import(files, Editing.ImportSerializeFiles, Editing.ImportToTrack, "
+        "ARDOUR.SrcQuality.SrcBest, ARDOUR.MidiTrackNameSource.SMFTrackName, "
+        "ARDOUR.MidiTempoMapDisposition.SMFTempoIgnore, "
+        "Temporal.timepos_t(0), ARDOUR.PluginInfo(), track_of(id), false)",
+        str(studio.home / "notes.mid"),
+        made,
+    )
+    assert tracks(host)["Rhodes"].regions == 1 and not tracks(host)["Rhodes"].audio
+    assert not sound_of(host, "Rhodes", PLAYING).any() and bounce(host, PLAYING).samples.any()
+    host.arm(made)
+    with pytest.raises(BacklineError, match="'Rhodes' is a MIDI track"):
+        fill(host, Strummer(), span=PLAYING, seed=1)
+
+
 def test_ardour_ignores_a_missing_file_and_backline_does_not(host: ArdourHost) -> None:
     item = {
         "path": "/nowhere/x.wav",
@@ -589,7 +621,7 @@ def test_ardour_ignores_a_missing_file_and_backline_does_not(host: ArdourHost) -
     assert answer == {"missing": 1} and regions(host, "piano") == []
 
 
-def test_ardour_plugins_are_heard(host: ArdourHost) -> None:
+def test_ardour_faders_are_heard(host: ArdourHost) -> None:
     plain = sound_of(host, "guitar", PLAYING)
     guitar = tracks(host)["guitar"].id
     lua(host, "track_of(...):gain_control():set_value(0.5, PBD.GroupControlDisposition.NoGroup)", guitar)

@@ -141,6 +141,8 @@ end
 local function bounce(id, first, last, sounding, name)
    local track = track_of(id)
    if not track then return { gone = true } end
+   local midi = track:to_audio_track():isnil()
+   if midi and (not sounding or track:n_outputs():n_audio() == 0) then return { files = {} } end
    if not touches(track, first, last) then return { files = {} } end
    local endpoint = sounding and track:main_outs() or ARDOUR.LuaAPI.nil_proc()
    local region = track:bounce_range(first, last, ARDOUR.InterThreadInfo(), endpoint, false, name)
