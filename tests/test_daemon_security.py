@@ -145,6 +145,16 @@ def test_wildcards_and_replies_are_not_requests(talk: Talk) -> None:
     assert talk.hear(0.2) is None  # answers to answers could go round for ever
 
 
+def test_timetags_are_not_waited_for(talk: Talk) -> None:
+    hello = message_of("/backline/hello", ["me"])
+    for timetag in (b"\xff" * 8, b"\0" * 8, b"\xee\xff\xff\xff\0\0\0\0"):
+        started = time.monotonic()
+        talk.raw(b"#bundle\0" + timetag + 2 * (struct.pack(">i", len(hello)) + hello))
+        for _ in range(2):
+            talk.until("/backline/welcome", seconds=2)
+        assert time.monotonic() - started < 1
+
+
 def test_new_jobs_are_limited_per_sender_but_hello_status_and_cancel_are_not(running: Running) -> None:
     talk, other = Talk(running.port), Talk(running.port)
     for number in range(60):

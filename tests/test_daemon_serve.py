@@ -11,7 +11,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from daemon_process import Running, Talk, daemon, free_port, start, stop, wait_l
 
 from bridge import worker as worker_module
 from bridge.logs import start_log
-from bridge.store import Root, make_root
+from bridge.store import make_root
 from bridge.worker import Worker
 from engine import model as model_module
 from engine.model import Model
@@ -212,28 +213,57 @@ def test_a_stopped_worker_is_noticed_and_replaced(
         talk.close()
 
 
-@pytest.fixture
-def own_worker(tmp_path: Path, tiny_bundle: Path) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Runs jobs in this process with the worker's own code; returns what it says."""
-    root: Root = make_root(tmp_path / "root")
-    said = StringIO()
-    worker = Worker(root, [], "cpu", 1, said, threading.Lock())
+@dataclass
+class Own:
+    """The worker's own code in this process; called with a request, it returns what it says of that job."""
 
-    def run(**request: Any) -> list[dict[str, Any]]:
-        said.seek(0)
-        said.truncate()
-        job = {"id": "j", "task": "generate", "live": False, "model": str(tiny_bundle), "asked": "{}"}
+    worker: Worker
+    said: StringIO
+    bundle: Path
+
+    def __call__(self, **request: Any) -> list[dict[str, Any]]:
+        self.said.seek(0)
+        self.said.truncate()
+        job = {"id": "j", "task": "generate", "live": False, "model": str(self.bundle), "asked": "{}"}
         job |= {"client": "me", "accepted": 0.0, "backline": "0", "request": {"seed": 1} | request}
-        worker_module._run(worker, job, live=False)
-        shutil.rmtree(root.jobs / "j", ignore_errors=True)
-        return [json.loads(line) for line in said.getvalue().splitlines()]
+        worker_module._run(self.worker, job, live=False)
+        shutil.rmtree(self.worker.root.jobs / "j", ignore_errors=True)
+        return [json.loads(line) for line in self.said.getvalue().splitlines()]
 
-    yield run
+
+@pytest.fixture
+def own_worker(tmp_path: Path, tiny_bundle: Path) -> Iterator[Own]:
+    root, said = make_root(tmp_path / "root"), StringIO()
+    yield Own(Worker(root, [], "cpu", 1, said, threading.Lock()), said, tiny_bundle)
     assert not list(root.work.iterdir())
 
 
+def test_cancel_takes_effect_within_one_denoising_step(
+    own_worker: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Model.denoiser
+    steps = 0
+
+    def counted(self: Model, conditions: Any) -> Any:
+        denoise = whole(self, conditions)
+
+        def cancelled_in_the_third(x: np.ndarray, t: int) -> np.ndarray:
+            nonlocal steps
+            steps += 1
+            if steps == 3:
+                own_worker.worker.cancelled.add("j")
+            return denoise(x, t)
+
+        return cancelled_in_the_third
+
+    monkeypatch.setattr(Model, "denoiser", counted)
+    assert own_worker(seconds=60.0, steps=200)[-1]["say"] == "cancelled"
+    assert steps <= 4
+    assert not (own_worker.worker.root.jobs / "j").exists()
+
+
 def test_memory_that_runs_out_means_smaller_batches_then_an_error_then_the_next_job_works(
-    own_worker: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    own_worker: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime's own words for a GPU without room, said by the vocoder: a stand-in for a full GPU."""
     whole = Model._run
@@ -258,7 +288,7 @@ def test_memory_that_runs_out_means_smaller_batches_then_an_error_then_the_next_
 
 
 def test_a_bug_in_the_engine_ends_the_job_and_not_the_worker(
-    own_worker: Callable[..., list[dict[str, Any]]],
+    own_worker: Own,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
@@ -268,6 +298,23 @@ def test_a_bug_in_the_engine_ends_the_job_and_not_the_worker(
     assert "ZeroDivisionError" in capsys.readouterr().err
     monkeypatch.undo()
     assert own_worker(seconds=1.0)[-1]["say"] == "done"
+
+
+def test_a_fall_to_the_cpu_is_said_everywhere(tmp_path: Path, tiny_bundle: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA: nothing falls")
+    with daemon(tmp_path / "root", tiny_bundle, "--device", "cuda") as running:
+        talk = Talk(running.port)
+        welcome = talk.ask("/backline/hello", "me", answer="/backline/welcome")
+        assert welcome["device"] == "cuda" and welcome["provider"] == "CPUExecutionProvider"
+        assert "runs on the CPU" in welcome["note"]
+        talk.ask("/backline/job/generate", "fell", 1.0, answer="/backline/job/accepted")
+        done = talk.until("/backline/job/done", id="fell")
+        assert done["provider"] == "CPUExecutionProvider" and "runs on the CPU" in done["note"]
+        assert "runs on the CPU" in (tmp_path / "root.err").read_text()
+        talk.close()
 
 
 def test_a_model_that_cannot_be_opened_is_said_in_welcome_and_in_the_job(tmp_path: Path) -> None:
