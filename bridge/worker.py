@@ -210,7 +210,8 @@ def _ending(worker: Worker, job: dict[str, Any], live: bool) -> dict[str, Any]:
         if job_id in worker.cancelled:
             raise Cancelled("The job was cancelled.")
         work.rename(worker.root.jobs / job_id)
-        sync_folder(worker.root.jobs)
+        with contextlib.suppress(OSError):  # it is there now, whatever the disk says
+            sync_folder(worker.root.jobs)
         return {"say": "done", **facts}
     except Cancelled:
         return {"say": "cancelled"}
@@ -278,7 +279,7 @@ def _work(worker: Worker, job: dict[str, Any], work: Path, callback: Callback) -
         "takes": takes,
         "seconds": round(time.perf_counter() - started, 3),
         "provider": record["provider"],
-        "note": " ".join(notes),
+        "note": " ".join(dict.fromkeys(notes)),
         "bytes": sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
         "ended": time.time(),
     }
