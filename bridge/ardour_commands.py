@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from bridge.daemon_engine import daemon_engine
 from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
 from bridge.serve_commands import read_token
-from engine.errors import UsageError
+from engine.errors import BacklineError, UsageError
 from engine.model import Device, Model
 from plugin_host.ardour import ArdourHost, State, look, untried
 from plugin_host.ardour_link import PORT, ArdourGone, link
@@ -86,12 +87,15 @@ def status(
 ) -> None:
     """The Ardours that run, and their sessions."""
     found = []
+    way = link(port or PORT, config)
     for number in [port] if port else range(PORT, PORT + PORTS):
         try:
-            found.append((number, look(link(number, config), pickup=STATUS_SECONDS)))
-        except ArdourGone:
+            found.append((number, look(replace(way, port=number), pickup=STATUS_SECONDS)))
+        except BacklineError as error:
             if port:
                 raise
+            if not isinstance(error, ArdourGone):  # something listens there that may be no Ardour
+                say(str(error))
     if not found:
         raise ArdourGone(
             f"No Ardour answers on the OSC ports from {PORT} to {PORT + PORTS - 1}: it does not run, or OSC "

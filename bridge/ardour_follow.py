@@ -21,8 +21,6 @@ from engine.errors import BacklineError, Cancelled
 from plugin_host.ardour import ArdourHost, untried
 from plugin_host.ardour_link import (
     SILENCE_SECONDS,
-    ArdourGone,
-    SessionChanged,
     announce,
     events,
     subscribe,
@@ -99,7 +97,7 @@ def follow(following: Following, stop: threading.Event) -> None:
         try:
             while not stop.is_set():
                 _step(following, watching)
-        except (ArdourGone, SessionChanged) as error:
+        except BacklineError as error:  # it is gone, has another session, or hangs in a dialog
             following.say(str(error))
         finally:
             _leave(watching, stop.is_set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -201,3 +202,17 @@ def test_ardour_versions_that_were_not_tried_are_said_to_be_so() -> None:
     for version, words in (("8.6", "not with Ardour 8.6"), ("7", "not with Ardour 7"), ("", "not known")):
         sentence = untried(State("/s", "s", version, 48000, 120.0, 0, 0, False, False, None, (), ()))
         assert sentence and words in sentence
+
+
+def test_ardour_is_not_what_else_listens_on_its_ports(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(config)
+    monkeypatch.setattr("bridge.ardour_commands.STATUS_SECONDS", 0.3)
+    monkeypatch.setattr("bridge.ardour_commands.PORTS", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("bridge.ardour_commands.PORT", other.getsockname()[1])
+        ran = backline(capsys, "ardour", "status")
+        assert ran.status == 1 and "did not answer" in ran.err and "No Ardour answers" in ran.err
+        assert not list(mailbox().glob("command*")) and not list(mailbox().glob("answer*"))
