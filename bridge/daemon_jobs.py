@@ -119,8 +119,9 @@ def fetched(daemon: Daemon, peer: Peer, target: Peer, values: dict[str, Any]) ->
         except sqlite3.Error as error:
             send_error(daemon, peer, target, _disk(error), "/backline/job/fetched", row.id)
             return
+        row.fetched = 1
         daemon.unfetched = unfetched_bytes(daemon.reader)
-        send(daemon, target, state_packet(replace(row, fetched=1), None))
+        send(daemon, target, state_packet(row, None))
         await _retain(daemon)
 
     background(daemon, answer())
@@ -178,7 +179,8 @@ def _accept(daemon: Daemon, peer: Peer, target: Peer, task: str, values: dict[st
         daemon.job_rates.put(peer, bucket)
     if not bucket.take():
         raise Refused("rate", f"At most {NEW_JOBS[0]:g} new jobs a second are taken from one sender.")
-    if sum(job.state in ("accepting", "queued") for job in daemon.jobs.values()) >= daemon.config.queue:
+    waiting = [job for job in daemon.jobs.values() if not job.started and job.final is None]
+    if len(waiting) >= daemon.config.queue:
         raise Refused("busy", f"The queue is full: {daemon.config.queue} jobs wait already.")
     if daemon.unfetched > daemon.config.keep_bytes:
         raise Refused("full", "Results that nobody has fetched fill the room for them: fetch some.")
