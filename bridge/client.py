@@ -215,7 +215,9 @@ class Client:
                     return await asyncio.wait_for(asyncio.shield(waiting), RESEND)
         finally:
             self._waiting.remove(entry)
-        raise BacklineError("The daemon does not answer: is `backline serve` running?")
+        raise BacklineError(
+            "The daemon does not answer: is `backline serve` running, and does it ask for a token?"
+        )
 
     def _envelope(self) -> list[Value]:
         return [] if self.token is None else ["token", self.token]

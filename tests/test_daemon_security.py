@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -10,18 +11,19 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
-from command import noise, write_song
+from command import backline, noise, write_song
 from daemon_process import Running, Talk, daemon, resident, start, stop, workers
 from test_daemon_jobs import ACCEPTED, STATE
 
-from bridge.client import message_of
+from bridge.client import connect, message_of
 from bridge.daemon_net import Bounded, Bucket
 from bridge.osc import write_message
 from bridge.worker import _opened as opened
-from engine.errors import UsageError
+from engine.errors import BacklineError, UsageError
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -238,6 +240,23 @@ def test_without_the_token_nothing_is_done_and_no_answer_is_longer_than_the_ques
     assert stranger.hear(0.2) is None
     stranger.close()
     talk.close()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "udp"])
+def test_the_clients_speak_with_a_token(
+    guarded: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, transport: Any
+) -> None:
+    async def speak(token: str | None) -> str:
+        async with connect(port=guarded.port, transport=transport, token=token) as client:
+            return (await (await client.generate(1.0)).result()).provider
+
+    assert asyncio.run(speak(TOKEN)) == "CPUExecutionProvider"
+    monkeypatch.setattr("bridge.client.RESENDS", 2)
+    with pytest.raises(BacklineError, match="does it ask for a token"):
+        asyncio.run(speak(None))
+    token_file = guarded.root.parent / "token"
+    ran = backline(capsys, "send", "list", "--port", guarded.port, "--token-file", token_file, "--json")
+    assert ran.status == 0 and ran.json["jobs"]
 
 
 def test_a_tcp_connection_is_trusted_for_itself_only(guarded: Running) -> None:
