@@ -69,6 +69,9 @@ class Sampling(_Part):
     steps: int = Field(gt=0)
     eta: float = Field(default=0.0, ge=0, le=1)
     guidance: float = Field(default=1.0, ge=0, description="1.0 needs no unconditional pass")
+    listening: float = Field(
+        default=1.0, ge=0, description="guidance of fill by what it hears; 1.0 needs no further pass"
+    )
 
 
 class Clap(_Part):

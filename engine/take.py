@@ -23,14 +23,15 @@ class Settings:
     """How to sample; None takes the bundle's own default.
 
     seed: the same seed gives the same bytes on the same device. eta: 0 deterministic .. 1 as much fresh
-    noise as the model's own process. guidance: weight of the prompt, 1 is none. gamma: width of the
-    Gaussian posterior in units of sigma.
+    noise as the model's own process. guidance: weight of the prompt, 1 is none. listening: the same for
+    what `fill` hears. gamma: width of the Gaussian posterior in units of sigma.
     """
 
     seed: int = 0
     steps: int | None = None
     sampler: str | None = None
     guidance: float | None = None
+    listening: float | None = None
     eta: float | None = None
     gamma: float = 1.0
 
@@ -57,6 +58,7 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
     steps = defaults.steps if settings.steps is None else settings.steps
     sampler = defaults.sampler if settings.sampler is None else settings.sampler
     guidance = defaults.guidance if settings.guidance is None else settings.guidance
+    listening = defaults.listening if settings.listening is None else settings.listening
     eta = defaults.eta if settings.eta is None else settings.eta
     if not 0 <= settings.seed < 1 << 63:
         raise UsageError(f"The seed must be 0 or more and below 2^63, not {settings.seed}.")
@@ -66,11 +68,12 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
         raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {steps}.")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be 0 to 1, not {eta}.")
-    if not (np.isfinite(guidance) and guidance >= 0):
-        raise UsageError(f"The guidance must be 0 or more, not {guidance}.")
+    for name, weight in (("guidance", guidance), ("listening", listening)):
+        if not (np.isfinite(weight) and weight >= 0):
+            raise UsageError(f"The {name} must be 0 or more, not {weight}.")
     if not (np.isfinite(settings.gamma) and settings.gamma > 0):
         raise UsageError(f"gamma must be above 0, not {settings.gamma}.")
-    return Settings(settings.seed, steps, sampler, guidance, eta, settings.gamma)
+    return Settings(settings.seed, steps, sampler, guidance, listening, eta, settings.gamma)
 
 
 def make_record(task: str, model: Model, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engine.audio import Audio, check, empty, fit, is_silent, resample
 from engine.conditions import check_tempo, chords_condition, grid_condition, parse_chords, prompt_film
 from engine.errors import UsageError
+from engine.harmony import UNPITCHED, heard_chords
 from engine.listening import gain_to, model_signal, signal_level, window_mel
 from engine.manifest import Manifest
 from engine.model import Model
@@ -31,6 +32,8 @@ from engine.windows import (
 
 FloatArray = NDArray[np.float32]
 
+# What settings.listening weighs in `fill`.
+HEARD = ("context", "context_mask", "mixture", "mixture_mask", "mixture_stems", "grid", "chords")
 MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
 
 
@@ -69,6 +72,7 @@ def generate(
         settings,
         known=nothing_known(model),
         conditions=conditions,
+        heard=("grid", "chords"),
         batch=batch,
         report=stretch(callback, "sample", 0.05, 0.8),
     )
@@ -106,6 +110,7 @@ def fill(
     context: the known stems, all at one rate; shorter ones are padded with silence; one that is armed
     is not listened to. silent: stems known to be silent. A stem that is none of these is unknown: it is
     generated along and thrown away. other: a mix of other material to listen to (capability `mixture`).
+    Where no chords are given, those that the context is heard to play take their place.
     The rest as in `generate`.
     Raises UsageError for unknown, contradictory or missing stems and unequal rates.
     """
@@ -133,14 +138,18 @@ def fill(
     heard = None if other is None else model_signal(other, model.manifest)
     gain = _context_gain(model.manifest, signals, heard)
     told = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
+    total = timeline_frames(model.manifest, length / rate)
+    if chords is None and model.supports("chords"):
+        told = _with_chords(model, told, signals, heard, total)
     started = clock(timings, "listen", started)
 
     latents = sample_timeline(
         model,
-        timeline_frames(model.manifest, length / rate),
+        total,
         settings,
         known=_context_latents(model, signals, silent, gain),
         conditions=told if heard is None else _with_other(model, told, heard, gain),
+        heard=HEARD,
         batch=batch,
         report=stretch(callback, "sample", 0.05, 0.8),
     )
@@ -277,6 +286,25 @@ def _with_other(model: Model, told: Conditions, heard: FloatArray, gain: float) 
             "mixture_mask": np.ones((1, frames), np.float32),
             "mixture_stems": np.zeros((1, len(model.manifest.stems)), np.float32),
         }
+
+    return conditions
+
+
+def _with_chords(
+    model: Model, told: Conditions, signals: Mapping[str, FloatArray], other: FloatArray | None, total: int
+) -> Conditions:
+    """The conditions and the chords that the context plays, where it plays any."""
+    pitched = [signal for name, signal in signals.items() if name not in UNPITCHED]
+    pitched += [] if other is None else [other]
+    if not pitched:
+        return told
+    together = empty(max(len(signal) for signal in pitched))
+    for signal in pitched:
+        together[: len(signal)] += signal
+    chords = heard_chords(together, model.manifest, total)
+
+    def conditions(start: int, frames: int) -> dict[str, FloatArray]:
+        return told(start, frames) | {"chords": chords[None, start : start + frames]}
 
     return conditions
 

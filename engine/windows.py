@@ -26,6 +26,7 @@ Wrap = Callable[[Denoiser, int, int], Denoiser]
 
 SEAM = 4  # a quarter of a window is given to the next one as context
 BLEND = 8  # an eighth of a window is crossfaded where decoded windows meet
+FADE = 4  # mel frames in which vocoded windows are joined
 SHARED_FACTOR = 8  # a shorter window keeps this common factor with the model's own, for its downsampling
 
 
@@ -74,6 +75,7 @@ def sample_timeline(
     *,
     known: Known,
     conditions: Conditions,
+    heard: Sequence[str] = (),
     wrap: Wrap | None = None,
     batch: Batch | None = None,
     report: Report,
@@ -81,8 +83,9 @@ def sample_timeline(
     """(S, Z, total, F) latents, scaled. `settings` must be resolved. batch: takes that are sampled together.
 
     Windows follow one another; what a window shares with the one before is known to it, per stem and
-    frame, as `context` where the bundle declares it and by inpainting in any case. `wrap` puts a
-    posterior around the denoiser of a window. Each window draws its noise from the seed and its number.
+    frame, as `context` where the bundle declares it and by inpainting in any case. `heard` names the
+    conditions that settings.listening weighs. `wrap` puts a posterior around the denoiser of a window.
+    Each window draws its noise from the seed and its number.
     """
     if batch is not None and settings.seed in batch.made:
         return batch.made.pop(settings.seed)
@@ -100,7 +103,7 @@ def sample_timeline(
         given = np.repeat(given[None], len(seeds), axis=0)
         given[:, :, :, :shared] += free * timeline[:, :, :, start:done]
         mask[:, :shared] = 1
-        denoise = _window_denoiser(model, settings, given, mask, conditions(start, window))
+        denoise = _window_denoiser(model, settings, given, mask, conditions(start, window), heard)
         if wrap is not None:
             denoise = wrap(denoise, start, window)
         rngs = [np.random.default_rng([seed, number]) for seed in seeds]
@@ -150,7 +153,11 @@ def decode_timeline(model: Model, latents: FloatArray, report: Report) -> FloatA
 
 
 def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> FloatArray:
-    """(N, frames, mels) -> (N, frames * vocoder.hop) at the vocoder's rate."""
+    """(N, frames, mels) -> (N, frames * vocoder.hop) at the vocoder's rate.
+
+    Windows overlap, so that each knows its neighbours, but are joined within a few frames in the middle of
+    that: two windows of one sound need not be in phase, and what a long crossfade cancels would be heard.
+    """
     manifest = model.manifest
     hop = manifest.vocoder.hop
     audio = empty(len(log_mels), log_mels.shape[1] * hop)
@@ -160,7 +167,10 @@ def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> Float
     for number, start in enumerate(starts):
         report(number / len(starts))
         block = _sound(model, model.vocode(log_mels[:, start : start + window]))
-        blend(audio, block, start * hop, max(0, done - start) * hop)
+        shared = max(0, done - start)
+        fade = min(FADE, shared)
+        skipped = (shared - fade) // 2
+        blend(audio, block[:, skipped * hop :], (start + skipped) * hop, fade * hop)
         done = start + window
     report(1.0)
     return audio
@@ -169,7 +179,7 @@ def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> Float
 def blend(target: FloatArray, block: FloatArray, start: int, shared: int) -> None:
     """Writes a block (N, n, ...) into target (N, total, ...) at `start`; its first `shared` samples fade in.
 
-    The fade is linear: both sides come from the same latents, so they are in phase.
+    The fade is linear: both sides are the same sound.
     """
     ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / max(1, shared)).reshape(
         -1, *(1,) * (target.ndim - 2)
@@ -188,13 +198,29 @@ def _sound(model: Model, values: FloatArray) -> FloatArray:
 
 
 def _window_denoiser(
-    model: Model, settings: Settings, given: FloatArray, mask: FloatArray, conditions: dict[str, FloatArray]
+    model: Model,
+    settings: Settings,
+    given: FloatArray,
+    mask: FloatArray,
+    conditions: dict[str, FloatArray],
+    heard: Sequence[str],
 ) -> Denoiser:
     if model.supports("context"):
         known = given * mask[:, None, :, None]
         conditions = conditions | {"context": known, "context_mask": mask[None]}
-    denoise = model.denoiser(conditions)
-    if "film" not in conditions or settings.guidance in (None, 1.0):
+    scales = [(("film",), settings.guidance), (heard, settings.listening)]
+    return _guided_by(model, conditions, [(names, s) for names, s in scales if s not in (None, 1.0)])
+
+
+def _guided_by(
+    model: Model, conditions: dict[str, FloatArray], scales: Sequence[tuple[Sequence[str], float | None]]
+) -> Denoiser:
+    """Guidance by one condition after another, each against the same without it."""
+    if not scales:
+        return model.denoiser(conditions)
+    (names, scale), *rest = scales
+    denoise = _guided_by(model, conditions, rest)
+    without = {name: value for name, value in conditions.items() if name not in names}
+    if len(without) == len(conditions):
         return denoise
-    without = {name: value for name, value in conditions.items() if name != "film"}
-    return guided(denoise, model.denoiser(without), float(settings.guidance or 0.0))
+    return guided(denoise, _guided_by(model, without, rest), float(scale or 0.0))

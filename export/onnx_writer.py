@@ -213,7 +213,8 @@ def _attach_weights(
     del model.graph.input[:]
     model.graph.input.extend(kept)
 
-    halved = {name for name in weights if half and _survives_half(state[name])}
+    trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tables stay exact
+    halved = {name for name in weights if half and name in trained and _survives_half(state[name])}
     casts = [
         helper.make_node("Cast", [f"{name}.float16"], [name], name=f"cast/{name}", to=TensorProto.FLOAT)
         for name in sorted(halved)

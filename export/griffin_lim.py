@@ -1,0 +1,216 @@
+"""The default family's vocoder: Griffin and Lim's phase search as a graph, with no trained weights.
+
+A mel spectrogram says how strong each band is, not how its waves join from frame to frame; a small network
+that guesses both writes notes whose pitch is blurred. Here the magnitudes are solved for (nonnegative least
+squares on the filterbank) and the phases searched for (fast Griffin-Lim from a good start), in real
+arithmetic and matrix products only, so that every provider runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.features import mel_filterbank
+from engine.manifest import Mel
+
+EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
+OVERLAP = 4  # windows over each sample
+FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
+SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs to
+# A bin where the frames cancel has no phase of its own: taken at its full magnitude, rounding errors would be
+# heard. Gains end at 1 / sqrt(SOFT); the last step, which sets the levels, goes further.
+SOFT, LAST_SOFT = 0.1, 0.01
+LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
+
+
+@dataclass(frozen=True)
+class GriffinLimConfig:
+    """The mel geometry to invert, and how long to search. n_fft must be 4 hops and a power of two."""
+
+    sample_rate: int = 44100
+    n_fft: int = 2048
+    hop: int = 512
+    mels: int = 128
+    f_min: float = 0.0
+    f_max: float = 22050.0
+    floor: float = 1e-4
+    magnitude_steps: int = 20
+    phase_steps: int = 4
+    momentum: float = 0.99
+
+
+class RealFFT(nn.Module):
+    """Fourier transform of real frames and back, as two matrix products each (Cooley and Tukey 1965).
+
+    With n = b n1 + n2 and k = k1 + a k2, rows k1 = 0 .. a / 2 hold every bin once (those two rows twice);
+    the other rows are their conjugates. A spectrum is a pair (..., a / 2 + 1, b) of real and imaginary parts.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    rows_back: torch.Tensor
+    columns_back: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, n_fft: int) -> None:
+        super().__init__()
+        bits = n_fft.bit_length() - 1
+        if n_fft < 4 or n_fft != 1 << bits:
+            raise ValueError(f"n_fft must be a power of two from 4 on, not {n_fft}")
+        self.n_fft, self.a = n_fft, 1 << (bits // 2)
+        self.b = n_fft // self.a
+        rows = torch.arange(self.a // 2 + 1, dtype=torch.float64)
+        n1, n2 = (torch.arange(n, dtype=torch.float64) for n in (self.a, self.b))
+        first = 2 * math.pi * torch.outer(rows, n1) / self.a
+        second = 2 * math.pi * torch.outer(n2, n2) / self.b
+        twiddle = 2 * math.pi * torch.outer(rows, n2) / n_fft
+        cos, sin = second.cos(), second.sin()
+        weight = torch.full((len(rows), 1), 2.0, dtype=torch.float64)
+        weight[0], weight[-1] = 1, 1  # these rows hold their own conjugates
+        tables = {
+            "rows": torch.cat([first.cos(), -first.sin()]),
+            "columns": torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]),
+            "cos": twiddle.cos(),
+            "sin": twiddle.sin(),
+            "rows_back": torch.cat([first.cos() * weight, -first.sin() * weight]).T / n_fft,
+            "columns_back": torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float().contiguous())
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a / 2 + 1, b) bin of 0 .. n_fft / 2 at each place, and whether its conjugate is there."""
+        k = torch.arange(self.a // 2 + 1)[:, None] + self.a * torch.arange(self.b)
+        return torch.minimum(k, self.n_fft - k), k > self.n_fft // 2
+
+    def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., n_fft) -> the spectrum."""
+        shape = frames.shape[:-1]
+        partial = self.rows @ frames.reshape(*shape, self.a, self.b)
+        half = self.a // 2 + 1
+        re, im = partial[..., :half, :], partial[..., half:, :]
+        turned = torch.cat([re * self.cos + im * self.sin, im * self.cos - re * self.sin], -1)
+        spectrum = turned @ self.columns
+        return spectrum[..., : self.b], spectrum[..., self.b :]
+
+    def inverse(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
+        """The spectrum -> (..., n_fft)."""
+        partial = torch.cat([re, im], -1) @ self.columns_back
+        re, im = partial[..., : self.b], partial[..., self.b :]
+        turned = torch.cat([re * self.cos - im * self.sin, im * self.cos + re * self.sin], -2)
+        return (self.rows_back @ turned).reshape(*re.shape[:-2], self.n_fft)
+
+
+class GriffinLim(nn.Module):
+    """mel (N, mels, frames), natural log -> audio (N, 1, frames x hop).
+
+    Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`.
+    """
+
+    filters: torch.Tensor
+    order: torch.Tensor
+    turn: torch.Tensor
+    window: torch.Tensor
+
+    def __init__(self, config: GriffinLimConfig) -> None:
+        super().__init__()
+        c, self.config = config, config
+        if c.n_fft != OVERLAP * c.hop:
+            raise ValueError(f"n_fft must be {OVERLAP} hops, not {c.n_fft} and {c.hop}")
+        self.fft = RealFFT(c.n_fft)
+        geometry = Mel(
+            sample_rate=c.sample_rate, n_fft=c.n_fft, win_length=c.n_fft, hop=c.hop,
+            n_mels=c.mels, f_min=c.f_min, f_max=c.f_max, floor=c.floor,
+        )  # fmt: skip
+        bins, mirrored = self.fft.places()
+        self.register_buffer("filters", torch.tensor(mel_filterbank(geometry)))  # (bins, mels)
+        self.register_buffer("order", bins.flatten())
+        self.register_buffer("turn", torch.where(mirrored, -2 * math.pi, 2 * math.pi))
+        self.register_buffer("window", torch.hann_window(c.n_fft))
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        first, last = mel[..., :1], mel[..., -1:]
+        padded = torch.cat([*[first] * EDGE, mel, *[last] * EDGE], -1)
+        magnitude = self._magnitude(padded.clamp(max=LOUDEST).exp().transpose(1, 2))
+        phase = self._laid_out(first_phases(magnitude, c.hop / c.n_fft)) * self.turn
+        magnitude = self._laid_out(magnitude)
+        audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
+        before: tuple[torch.Tensor, torch.Tensor] | None = None
+        for left in reversed(range(c.phase_steps)):
+            soft = SOFT if left else LAST_SOFT
+            found = self.fft.forward(self._frames(audio, magnitude.shape[1]) * self.window)
+            re, im = found if before is None else _ahead(found, before, c.momentum / (1 + c.momentum))
+            before = found
+            scale = magnitude * torch.rsqrt(re * re + im * im + soft * magnitude * magnitude + 1e-16)
+            audio = self._audio(re * scale, im * scale)
+        # padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 EDGE
+        start = (EDGE + OVERLAP // 2) * c.hop
+        return audio[:, None, start : start + mel.shape[-1] * c.hop]
+
+    def _magnitude(self, mel: torch.Tensor) -> torch.Tensor:
+        """(N, F, mels) -> (N, F, bins), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
+        back = self.filters.T
+        wanted = mel @ back
+        magnitude = wanted
+        for _ in range(self.config.magnitude_steps):
+            magnitude = magnitude * wanted / (magnitude @ self.filters @ back + 1e-8)
+        return magnitude
+
+    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, F, bins) -> (N, F, a / 2 + 1, b), as RealFFT has its spectra."""
+        return x[..., self.order].reshape(*x.shape[:2], self.fft.a // 2 + 1, self.fft.b)
+
+    def _frames(self, audio: torch.Tensor, count: int) -> torch.Tensor:
+        """(N, (F + 3) hop) -> (N, F, n_fft)."""
+        quarters = audio.reshape(audio.shape[0], count + OVERLAP - 1, self.config.hop)
+        return torch.cat([quarters[:, q : q + count] for q in range(OVERLAP)], -1)
+
+    def _audio(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
+        """Spectra of F frames -> (N, (F + 3) hop), the least-squares signal of the frames (Griffin and Lim
+        1984, equation 6); four squared Hann windows sum to 3 / 2."""
+        frames = self.fft.inverse(re, im) * (self.window / 1.5)
+        n, count, _ = frames.shape
+        quarters = frames.reshape(n, count, OVERLAP, self.config.hop)
+        pad = nn.functional.pad
+        parts = [pad(quarters[:, :, q], (0, 0, q, OVERLAP - 1 - q)) for q in range(OVERLAP)]
+        return (parts[0] + parts[1] + parts[2] + parts[3]).reshape(n, (count + OVERLAP - 1) * self.config.hop)
+
+
+def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
+    """(N, F, bins) -> phases in turns, after single pass spectrogram inversion (Beauregard and others 2015).
+
+    Every peak is a sinusoid whose frequency a parabola through three log magnitudes gives; the bins within
+    two of it turn with it, with alternating signs. Instead of picking peaks, each bin takes the frequencies
+    around it weighed by a high power of their magnitudes: no rounding error can turn that over.
+    advance: hop / n_fft.
+    """
+    pad = nn.functional.pad
+    level = pad((magnitude + 1e-7).log(), (2, 2), value=-16.0)
+    count = magnitude.shape[-1]
+    low, middle, high = level[..., 1 : count + 1], level[..., 2 : count + 2], level[..., 3 : count + 3]
+    number = torch.arange(count, device=magnitude.device, dtype=torch.float32)
+    off = 0.5 * (high - low) / (2 * middle - low - high).clamp_min(FLATTEST)
+    frequency = pad(number + off.clamp(-0.5, 0.5), (2, 2))
+    around = [level[..., k : k + count] for k in range(5)]
+    loudest = torch.stack(around).amax(0)
+    weights = [(SHARPNESS * (a - loudest)).exp() for a in around]
+    total = weights[0] * frequency[..., :count]
+    for k in range(1, 5):
+        total = total + weights[k] * frequency[..., k : k + count]
+    turning = total / (weights[0] + weights[1] + weights[2] + weights[3] + weights[4])
+    # in turns, and whole ones left out, so that long sounds lose no precision
+    step = turning * advance
+    return torch.cumsum(step - step.floor(), 1) + 0.5 * (number % 2)
+
+
+def _ahead(
+    found: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor], momentum: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The phases' direction: found - momentum x before, whose length does not matter."""
+    return found[0] - momentum * before[0], found[1] - momentum * before[1]

@@ -1,0 +1,125 @@
+"""The vocoder without weights: its transform, its first phases, what it sounds like, and its graph."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from export.griffin_lim import GriffinLim, GriffinLimConfig, RealFFT, first_phases
+from export.onnx_writer import Input, relative_error, write_graph
+from training.mel import log_mel
+
+SMALL = GriffinLimConfig(sample_rate=16000, n_fft=512, hop=128, mels=40, f_max=8000.0)
+
+
+@pytest.mark.parametrize("n_fft", [4, 8, 64, 512, 2048])
+def test_the_transform_is_torchs(n_fft: int) -> None:
+    torch.manual_seed(0)
+    fft, frames = RealFFT(n_fft), torch.randn(2, 3, n_fft)
+    real, imaginary = fft(frames)
+    bins, mirrored = fft.places()
+    expected = torch.fft.rfft(frames)[..., bins]
+    assert torch.allclose(real, expected.real, atol=1e-3)
+    assert torch.allclose(imaginary, torch.where(mirrored, -expected.imag, expected.imag), atol=1e-3)
+    assert torch.allclose(fft.inverse(real, imaginary), frames, atol=1e-5)
+
+
+def test_the_transform_needs_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        RealFFT(1000)
+
+
+def test_windows_must_overlap_by_three_quarters() -> None:
+    with pytest.raises(ValueError, match="4 hops"):
+        GriffinLim(GriffinLimConfig(hop=1024))
+
+
+@pytest.mark.parametrize("hz", [110.0, 443.0, 1000.0, 5000.0])
+def test_a_steady_tone_turns_at_its_own_frequency(hz: float) -> None:
+    rate, n_fft, hop = 44100, 2048, 512
+    time = torch.arange(rate) / rate
+    spectrum = torch.stft(
+        torch.sin(2 * math.pi * hz * time), n_fft, hop, window=torch.hann_window(n_fft), return_complex=True
+    )[:, 8:-8]
+    phases = first_phases(spectrum.abs().T[None], hop / n_fft)[0]
+    nearest = round(hz * n_fft / rate)
+    for k in (nearest - 1, nearest, nearest + 1):
+        turns = torch.diff(phases[:, k])
+        error = (turns - hz * hop / rate + 0.5) % 1 - 0.5
+        assert error.abs().max() * rate / hop < 2.0, "Hz"
+    lock = (phases[:, nearest + 1] - phases[:, nearest]) % 1
+    assert torch.allclose(lock, torch.full_like(lock, 0.5), atol=0.05), "neighbours alternate in sign"
+
+
+def notes(pitches: list[int], seconds: float = 2.0, rate: int = 44100) -> torch.Tensor:
+    time = torch.arange(round(seconds * rate)) / rate
+    wave = torch.zeros_like(time)
+    for pitch in pitches:
+        for k in range(1, 8):
+            wave += torch.sin(2 * math.pi * k * 440 * 2 ** ((pitch - 69) / 12) * time + k * k) / k
+    return 0.05 * wave * torch.exp(-time)
+
+
+def test_notes_keep_their_pitch_and_their_mel() -> None:
+    """Each note of a chord comes back nearest to its own semitone, the mel within a quarter of a neper."""
+    signal = notes([52, 59, 64, 68])
+    mel = log_mel(signal[None])
+    with torch.no_grad():
+        audio = GriffinLim(GriffinLimConfig())(mel.transpose(1, 2))
+    assert audio.shape == (1, 1, mel.shape[1] * 512)
+    spectrum = torch.fft.rfft(audio[0, 0, :65536] * torch.hann_window(65536)).abs()
+    for pitch in (52, 59, 64, 68):
+        hz = 440 * 2 ** ((pitch - 69) / 12)
+        near = spectrum[int((hz - 12) * 65536 / 44100) : int((hz + 12) * 65536 / 44100)]
+        found = (int(near.argmax()) + int((hz - 12) * 65536 / 44100)) * 44100 / 65536
+        assert abs(12 * np.log2(found / hz)) < 0.5, (pitch, found, hz)
+    again = log_mel(audio[0])
+    loud = mel > mel.max() - 6
+    assert float((again - mel)[loud].abs().mean()) < 0.25
+
+
+def test_silence_stays_silent_and_loud_mels_stay_finite() -> None:
+    vocoder = GriffinLim(SMALL)
+    with torch.no_grad():
+        quiet = vocoder(torch.full((1, 40, 12), math.log(SMALL.floor)))
+        loud = vocoder(torch.full((1, 40, 12), 200.0))
+    assert quiet.abs().max() < 1e-2
+    assert torch.isfinite(loud).all()
+
+
+def test_more_steps_come_nearer_to_the_mel() -> None:
+    signal = notes([45, 57, 61]) + 0.01 * torch.randn(88200, generator=torch.Generator().manual_seed(0))
+    mel = log_mel(signal[None])
+    errors = []
+    for steps in (0, 2, 8):
+        with torch.no_grad():
+            audio = GriffinLim(GriffinLimConfig(phase_steps=steps))(mel.transpose(1, 2))[0]
+        errors.append(float((log_mel(audio) - mel).abs().mean()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_graph_computes_what_torch_does(tmp_path: Path) -> None:
+    """The search magnifies rounding errors in bins where frames cancel; without it the graph is exact."""
+    sizes = [{"batch": 1, "frames": 16, "samples": 2048}, {"batch": 2, "frames": 24, "samples": 3072}]
+    inputs, outputs = [Input("mel", ("batch", 40, "frames"))], {"audio": ("batch", 1, "samples")}
+    for steps, limit in ((0, 1e-3), (4, 2e-2)):
+        config = GriffinLimConfig(
+            sample_rate=16000, n_fft=512, hop=128, mels=40, f_max=8000.0, phase_steps=steps
+        )
+        path = tmp_path / f"{steps}.onnx"
+        error = write_graph(
+            GriffinLim(config), inputs, outputs, path, sizes=sizes, half=True, tolerance=limit
+        )
+        assert error <= limit
+    assert path.stat().st_size < 1_000_000, "each table is stored once"
+    session = ort.InferenceSession(str(path))
+    mel = np.random.default_rng(0).normal(-2, 1, (1, 40, 33)).astype(np.float32)
+    with torch.no_grad():
+        expected = GriffinLim(SMALL)(torch.from_numpy(mel)).numpy()
+    spectra = [np.abs(np.fft.rfft(x[0, 0])) for x in (session.run(None, {"mel": mel})[0], expected)]
+    assert relative_error(*spectra) < 5e-2
