@@ -11,6 +11,7 @@ import torch
 
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Sampling, Vocoder
 from export.bundle_writer import export_bundle
+from export.griffin_lim import GriffinLim, GriffinLimConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
@@ -37,23 +38,23 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
-    parser.add_argument(
-        "--runs", type=Path, required=True, help="folder with vae/, towers/, vocoder/ and unet/"
-    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder with vae/, towers/ and unet/")
+    parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--version", required=True, help="of the model, for its manifest")
     parser.add_argument("--steps", type=int, default=20, help="default of the jobs (%(default)s)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
+    parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
     parser.add_argument("--mask-power", type=float, default=MASK_POWER, help="exponent of split's masks")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    runs = {name: args.runs / name for name in ("vae", "towers", "vocoder", "unet")}
+    runs = {name: args.runs / name for name in ("vae", "towers", "unet")}
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
-    vocoder = load_ema(runs["vocoder"], Vocos(VocosConfig()))
+    vocoder = load_ema(args.vocoder, Vocos(VocosConfig())) if args.vocoder else GriffinLim(GriffinLimConfig())
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -67,7 +68,9 @@ def main() -> None:
         vocoder=Vocoder(sample_rate=GEOMETRY.sample_rate, hop=GEOMETRY.hop, trim=0),
         schedule=SCHEDULE,
         prediction="v",
-        sampling=Sampling(sampler=args.sampler, steps=args.steps, guidance=args.guidance),
+        sampling=Sampling(
+            sampler=args.sampler, steps=args.steps, guidance=args.guidance, listening=args.listening
+        ),
         window_frames=WINDOW,
         capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
         film_dim=towers.config.embedding,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from training.dataset import Windows
+from training.dataset import RenderedSong, Windows
 from training.mel import GEOMETRY, LATENT_FRAMES
 
 FRAME_SECONDS = LATENT_FRAMES * GEOMETRY.hop / GEOMETRY.sample_rate
@@ -25,17 +26,46 @@ def grid(batch: Windows, length: int) -> torch.Tensor:
 
 def chords(batch: Windows, length: int) -> torch.Tensor:
     """(B, T, 25): root one-hot, chord tones, known."""
-    out = np.zeros((len(batch.songs), length, 25), np.float32)
-    for b, (song, start) in enumerate(zip(batch.songs, batch.starts, strict=True)):
-        timeline = song.labels["chords"]
-        positions = np.array([c["beat"] for c in timeline])
-        beats = _centres(start, length) * song.labels["bpm"] / 60
-        current = np.clip(np.searchsorted(positions, beats, side="right") - 1, 0, None)
-        for t, index in enumerate(current):
-            out[b, t, timeline[index]["root"]] = 1
-            out[b, t, [12 + p for p in timeline[index]["tones"]]] = 1
-    out[..., 24] = 1
-    return torch.from_numpy(out)
+    rows = [_chord_rows(song)[_chord_numbers(song, start, length)] for song, start in _places(batch)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def heard_chords(batch: Windows, length: int, rng: np.random.Generator) -> torch.Tensor:
+    """(B, T, 25): the chords as engine.harmony hears them from audio, late or early and sometimes wrong.
+
+    A third of the chords is mistaken, more or less surely, for another chord of the song.
+    """
+    out = []
+    for song, start in _places(batch):
+        rows = _chord_rows(song)
+        doubt = (rng.random(len(rows)) < 0.35) * rng.uniform(0.2, 1.0, len(rows)) + rng.uniform(0, 0.2)
+        doubt = np.minimum(doubt, 1)[:, None].astype(np.float32)
+        mistaken = (1 - doubt) * rows + doubt * rows[rng.permutation(len(rows))]
+        late = int(rng.integers(-3, 4))
+        numbers = _chord_numbers(song, start, length)
+        out.append(mistaken[np.roll(numbers, late)])
+    return torch.from_numpy(np.stack(out))
+
+
+def _places(batch: Windows) -> list[tuple[RenderedSong, int]]:
+    return list(zip(batch.songs, batch.starts, strict=True))
+
+
+def _chord_rows(song: RenderedSong) -> NDArray[np.float32]:
+    """(chords, 25), one row for each chord of the song."""
+    rows = np.zeros((len(song.labels["chords"]), 25), np.float32)
+    for row, chord in zip(rows, song.labels["chords"], strict=True):
+        row[chord["root"]] = 1
+        row[[12 + p for p in chord["tones"]]] = 1
+    rows[:, 24] = 1
+    return rows
+
+
+def _chord_numbers(song: RenderedSong, start: int, length: int) -> NDArray[np.int64]:
+    """(T,) which of the song's chords sounds at each latent frame."""
+    positions = np.array([chord["beat"] for chord in song.labels["chords"]])
+    beats = _centres(start, length) * song.labels["bpm"] / 60
+    return np.clip(np.searchsorted(positions, beats, side="right") - 1, 0, None)
 
 
 def _centres(start: int, length: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from training.stems import STEMS
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 LAST = SCHEDULE.steps - 1
-SHARES = {"split": 0.5, "fill": 0.33, "generate": 0.17}
+SHARES = {"split": 0.4, "fill": 0.45, "generate": 0.15}
 LAST_SHARE = 0.85  # of the splits train at the last step, the only one that the mask method uses
 STATISTICS = "latents.pt"
 KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
@@ -137,6 +137,8 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Ba
     mixture_mask = heard.float()[:, None].repeat(1, length)
     unasked = torch.from_numpy(mixed & unnamed[:, None])  # stems that are in the other material
     loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0) * (~unasked).float()[:, :, None]
+    heard_chords = conditions.heard_chords(windows, length, rng)
+    told = torch.from_numpy(rng.random(batch) < 0.3)[:, None, None]
     inputs = {
         "film": _film(windows, frozen, rng),
         "context": latents * known[:, :, None, :, None],
@@ -145,7 +147,7 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Ba
         "mixture_mask": mixture_mask,
         "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float(),
         "grid": _dropped(conditions.grid(windows, length), 0.5, rng),
-        "chords": _dropped(conditions.chords(windows, length), 0.6, rng),
+        "chords": _dropped(torch.where(told, conditions.chords(windows, length), heard_chords), 0.3, rng),
     }
     splits = torch.from_numpy(split & (times.sum(1) == 0))
     return Batch(latents, inputs, loss_mask, splits, windows.mels, windows.mixture)
