@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +46,10 @@ RATE = 48000
 SECONDS = 6.0
 START = 12345  # samples
 PLAYING = Span(START, START + round(SECONDS * RATE))
+ADD_PLUGIN = (
+    "local id, uri = ... local plugin = ARDOUR.LuaAPI.new_plugin(Session, uri, ARDOUR.PluginType.LV2, '') "
+    "return not plugin:isnil() and track_of(id):add_processor_by_index(plugin, 0, nil, true) == 0"
+)
 FADES = 64  # samples that Ardour fades at both ends of a region
 SONG = Path(__file__).parents[1] / "bridge" / "demo_song"
 
@@ -497,6 +504,19 @@ def test_ardour_action_fills_what_is_armed(host: ArdourHost, user: User, studio:
     assert awaited(lambda: regions(host, "piano") == [])
 
 
+def test_ardour_follow_ends_with_ctrl_c(host: ArdourHost, studio: Studio) -> None:
+    command = [sys.executable, "-P", "-m", "bridge.cli", "ardour", "follow", "--port", str(host.way.port)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    said = studio.home / "follow.err"
+    with said.open("wb") as err, subprocess.Popen(command, stderr=err, env=environment) as process:
+        assert awaited(lambda: "Following song" in said.read_text(), 60), said.read_text()
+        assert list(host.way.folder.glob("following-*"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert said.read_text().splitlines()[-1] == "No longer following."
+    assert not list(host.way.folder.glob("following-*"))
+
+
 def install_places(studio: Studio) -> dict[str, int]:
     from plugin_host.ardour_setup import installed
 
@@ -581,7 +601,7 @@ def test_ardour_mistakes_are_sentences(
     assert host.look().name == "song"  # an action that raises would have been removed
 
 
-def test_ardour_midi_tracks_are_silent_without_an_instrument(host: ArdourHost, studio: Studio) -> None:
+def test_ardour_midi_tracks_are_heard_through_their_instruments(host: ArdourHost, studio: Studio) -> None:
     made = lua(
         host,
         "local midi = ARDOUR.ChanCount(ARDOUR.DataType('midi'), 1) "
@@ -607,6 +627,9 @@ def test_ardour_midi_tracks_are_silent_without_an_instrument(host: ArdourHost, s
     host.arm(made)
     with pytest.raises(BacklineError, match="'Rhodes' is a MIDI track"):
         fill(host, Strummer(), span=PLAYING, seed=1)
+    assert lua(host, ADD_PLUGIN, made, "https://community.ardour.org/node/7596")  # Ardour's own little synth
+    assert np.abs(read(host.export([made], Span(0, RATE))[made]).samples).max() > 0.001
+    assert not sound_of(host, "Rhodes", PLAYING).any()
 
 
 def test_ardour_ignores_a_missing_file_and_backline_does_not(host: ArdourHost) -> None:
@@ -634,7 +657,22 @@ def test_ardour_faders_are_heard(host: ArdourHost) -> None:
         np.broadcast_to(sound_of(host, name, PLAYING), (2, PLAYING.length))
         for name in ("bass", "drums", "guitar")
     )
-    np.testing.assert_allclose(host_bounce, total, atol=1e-5)
+    np.testing.assert_allclose(host_bounce[:, ramp:], total[:, ramp:], atol=1e-5)
+
+
+def test_ardour_plugins_are_heard(host: ArdourHost, user: User, studio: Studio) -> None:
+    track = tracks(host)["Track 7"].id
+    if not lua(host, ADD_PLUGIN, track, "urn:zamaudio:ZamTube"):
+        assert not REQUIRED, "zam-plugins is not installed."
+        pytest.skip("zam-plugins is not installed.")
+    host.place(track, stem(studio.home, "bass"), START)
+    bare = read(host.export([track], PLAYING, sounding=False)[track]).samples
+    heard = read(host.export([track], PLAYING)[track]).samples
+    assert np.array_equal(bare[0, FADES:-FADES], read(stem(studio.home, "bass")).samples[0, FADES:-FADES])
+    assert heard.shape == bare.shape and np.isfinite(heard).all() and np.abs(heard).max() > 0.01
+    assert np.abs(heard - bare).max() > 0.01
+    user.send("/undo")
+    assert awaited(lambda: tracks(host)["Track 7"].regions == 0)
 
 
 def test_ardour_second_one_on_another_port_is_killed_and_started_again(
