@@ -52,6 +52,9 @@ Steps = Annotated[
 ]
 SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="The model's own if not given.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Weight of the prompt; 1 is none.")]
+Listening = Annotated[
+    float | None, typer.Option("--listening", help="Weight of what is heard, tempo and chords; 1 is none.")
+]
 Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
 Reference = Annotated[Path | None, typer.Option("--audio", help="How it should sound, as an audio file.")]
 Bpm = Annotated[float | None, typer.Option("--bpm", help="Tempo, beats per minute.")]
@@ -119,6 +122,7 @@ def generate(
     steps: Steps = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
+    listening: Listening = None,
     json_output: Json = False,
     force: Force = False,
     picture: Picture = True,
@@ -136,7 +140,7 @@ def generate(
             chords=chords,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
-            settings=_settings(seed, steps, sampler, guidance),
+            settings=_settings(seed, steps, sampler, guidance, listening),
             callback=callback,
         )
     _report("generate", opened, result, json_output)
@@ -165,6 +169,7 @@ def fill(
     steps: Steps = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
+    listening: Listening = None,
     json_output: Json = False,
     force: Force = False,
     picture: Picture = True,
@@ -186,7 +191,7 @@ def fill(
             chords=chords,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
-            settings=_settings(seed, steps, sampler, guidance),
+            settings=_settings(seed, steps, sampler, guidance, listening),
             callback=callback,
         )
     _report("fill", opened, result, json_output)
@@ -325,10 +330,16 @@ def _open(model: str | None, device: Device) -> Model:
     return opened
 
 
-def _settings(seed: int | None, steps: int | None, sampler: str | None, guidance: float | None) -> Settings:
+def _settings(
+    seed: int | None,
+    steps: int | None,
+    sampler: str | None,
+    guidance: float | None,
+    listening: float | None = None,
+) -> Settings:
     if seed is None:
         seed = secrets.randbelow(1 << 31)
-    return Settings(seed=seed, steps=steps, sampler=sampler, guidance=guidance)
+    return Settings(seed=seed, steps=steps, sampler=sampler, guidance=guidance, listening=listening)
 
 
 def _listed(values: Sequence[str]) -> list[str]:

@@ -144,8 +144,12 @@ def test_novelty_finds_a_training_window_that_is_played_back(monkeypatch: pytest
 
     monkeypatch.setattr(evaluate, "generate", generate)
     songs = [replace(song(0), mels=mels)]
-    report = evaluate.evaluate_novelty(SimpleNamespace(), windows(), songs, count=3, seeds=2)
+    copied = replace(windows()[0], stems=np.stack([learnt] * 4) / 4)
+    report = evaluate.evaluate_novelty(
+        SimpleNamespace(), windows(), songs, count=3, seeds=2, familiar=[copied]
+    )
     assert report["training_windows"] == 3
+    assert report["held_out_familiar"] < 0.1
     assert report["generated"] < 0.1 < 1 < report["held_out"]
 
 
@@ -189,7 +193,7 @@ def report() -> dict:
             prompt | {"right_way": True, "share_of_seeds": 1.0},
             prompt | {"right_way": False, "share_of_seeds": 0.2},
         ],
-        "novelty": {"generated": 0.5, "held_out": 0.4, "training_windows": 2000},
+        "novelty": {"generated": 0.5, "held_out": 0.4, "held_out_familiar": 0.3, "training_windows": 2000},
         "speed": {"real_time_factor": 0.3, "threads": 2, "load_s": 1.2, "peak_mb": 900.0},
         "seeds": {"same_seed_same_bytes": True, "other_seed_differs": True},
     }
@@ -200,6 +204,7 @@ def test_tables_are_whole_and_leave_out_what_was_not_measured() -> None:
     assert "| mask | 6.25 | 6.25 (5.5..7.0) |" in text and "-123 dB at worst" in text
     assert "| paper, dirac (other data) | 3.06 | 3.26 |" in text
     assert "1 of 2 move the right way" in text and "900 -> 1.8e+03" in text
+    assert "sounds of training 0.300" in text
     assert "real-time factor 0.30 on 2 threads (x86_64, 2 cores)" in text
     assert text.count("| generated |") == 4 and "| piano | 0.95 | 0.81 | 1.00 | -23.4 dB | 0.96 |" in text
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]

@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,20 @@ from engine.separation import Method, mask_mix
 from engine.take import Settings
 from engine.tasks import fill, generate, split
 from training import metrics
+from training.bands import split_grooves
 from training.dataset import MAGNITUDES, RenderedSong, load_songs
-from training.held_out import Window, held_out_windows
+from training.grooves import list_grooves
+from training.held_out import Window, held_out_windows, make_window
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES
 from training.metrics import Array
+from training.sources import training_sources
 from training.stems import STEMS
 from training.train_classifier import StemClassifier
 
 RATE = GEOMETRY.sample_rate
 FILL_SECONDS = 10.0
+FAMILIAR_SEED = 2_500_000
 PARTS = ("fill", "split", "prompts", "novelty", "speed", "seeds")
 PAPER = {"dirac": (3.26, 3.63, 2.79, 2.58), "gaussian": (3.23, 3.07, 1.97, 2.53)}  # arXiv:2409.02845
 # Opposed captions, the figure that must rise from the first to the second, and the stem it is measured on.
@@ -204,10 +208,26 @@ def _fingerprints(mels: Array) -> Array:
     return (cut - cut.mean((1, 2), keepdims=True)).reshape(n, -1)
 
 
+def familiar_windows(count: int, grooves_cache: Path, samples: Path) -> list[Window]:
+    """Windows of held-out grooves played with the sounds of training, which a generated band has too."""
+    grooves = split_grooves(list_grooves(grooves_cache), held_out=True)
+    sources = training_sources(samples)
+    return [make_window(FAMILIAR_SEED + i, grooves, sources) for i in range(count)]
+
+
 def evaluate_novelty(
-    model: Model, windows: list[Window], songs: list[RenderedSong], count: int, seeds: int
+    model: Model,
+    windows: list[Window],
+    songs: list[RenderedSong],
+    count: int,
+    seeds: int,
+    familiar: Sequence[Window] = (),
 ) -> dict[str, float]:
-    """Distance to the nearest training window: generated bands against held-out songs (medians)."""
+    """Distance to the nearest training window: generated bands against held-out songs (medians).
+
+    familiar: held-out songs with the sounds of training. A band of known sounds is nearer to the training
+    windows than one of strange sounds, whoever wrote the notes.
+    """
     frames = round(FILL_SECONDS * metrics.FRAME_RATE)
     rng = np.random.default_rng(0)
     bank = []
@@ -226,11 +246,14 @@ def evaluate_novelty(
         return [float(np.sqrt(((known - m) ** 2).mean(1).min())) for m in marks]
 
     takes = [generate(model, seconds=FILL_SECONDS, settings=Settings(seed=500 + s)) for s in range(seeds)]
-    return {
+    found = {
         "generated": float(np.median(nearest([_mono(t.mix()) for t in takes]))),
         "held_out": float(np.median(nearest([w.mixture for w in windows]))),
-        "training_windows": count,
+        "training_windows": float(count),
     }
+    if familiar:
+        found["held_out_familiar"] = float(np.median(nearest([w.mixture for w in familiar])))
+    return found
 
 
 _SPEED = """
@@ -282,7 +305,9 @@ def markdown(report: dict[str, Any]) -> str:
         n = report["novelty"]
         found = f"generated {n['generated']:.3f}, held-out songs {n['held_out']:.3f} (medians)"
         lines += ["", "## novelty", ""]
-        lines += [f"Distance to the nearest of {n['training_windows']} training windows: {found}."]
+        if "held_out_familiar" in n:
+            found += f", held-out songs played with the sounds of training {n['held_out_familiar']:.3f}"
+        lines += [f"Distance to the nearest of {n['training_windows']:.0f} training windows: {found}."]
     if "speed" in report:
         s = report["speed"]
         machine = f"{s['threads']} threads ({report['machine']})"
@@ -353,6 +378,9 @@ def main() -> None:
     parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
     parser.add_argument("--classifier", type=Path, help="training folder of the stem classifier, for fill")
     parser.add_argument("--data", type=Path, help="folder with train/ of training.render, for novelty")
+    parser.add_argument(
+        "--samples", type=Path, help="folder of training sounds: held-out songs with those, too, for novelty"
+    )
     parser.add_argument("--windows", type=int, default=24, help="one of each held-out song (%(default)s)")
     parser.add_argument("--slow-windows", type=int, default=12, help="windows for the sampled posteriors")
     parser.add_argument("--seeds", type=int, default=6, help="takes per caption")
@@ -386,7 +414,9 @@ def main() -> None:
     if "prompts" in args.only:
         report["prompts"] = evaluate_prompts(model, args.seeds)
     if "novelty" in args.only:
-        report["novelty"] = evaluate_novelty(model, windows, load_songs(args.data / "train"), 2000, 16)
+        familiar = familiar_windows(args.windows, args.grooves, args.samples) if args.samples else []
+        songs = load_songs(args.data / "train")
+        report["novelty"] = evaluate_novelty(model, windows, songs, 2000, 16, familiar)
     if "seeds" in args.only:
         report["seeds"] = evaluate_seeds(model)
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)
