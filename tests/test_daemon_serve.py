@@ -22,6 +22,7 @@ import pytest
 import soundfile
 from command import backline, refused, write_song
 from daemon_process import Running, Talk, daemon, free_port, start, stop, wait_loaded, workers
+from tiny_bundle import write_tiny_bundle
 
 from bridge import worker as worker_module
 from bridge.logs import start_log
@@ -298,6 +299,42 @@ def test_a_bug_in_the_engine_ends_the_job_and_not_the_worker(
     assert "ZeroDivisionError" in capsys.readouterr().err
     monkeypatch.undo()
     assert own_worker(seconds=1.0)[-1]["say"] == "done"
+
+
+def test_models_are_listed_loaded_by_name_and_chosen_by_a_job(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    write_tiny_bundle(models / "other", name="other")
+    (models / "broken").mkdir()
+    (models / "broken" / "manifest.json").write_text("{")
+    monkeypatch.setenv("BACKLINE_MODELS", str(models))
+    with daemon(tmp_path / "root", tiny_bundle) as running:
+        talk = Talk(running.port)
+        talk.ask("/backline/subscription/add", "model", answer="/backline/subscription/added")
+        assert talk.ask("/backline/model/list", answer="/backline/model/listed")["count"] == 3
+        entries = [values for address, values in talk.heard if address == "/backline/model/entry"]
+        assert {entry["name"]: entry["state"] for entry in entries} == {
+            "default": "available",
+            "other": "available",
+            "broken": "broken",
+        }
+        talk.send("/backline/model/load", "other")
+        talk.until("/backline/model/state", state="loaded", name="other 1")
+        talk.ask("/backline/job/generate", "by-name", 1.0, answer="/backline/job/accepted")
+        assert talk.end_of("by-name") == "done"
+        talk.ask("/backline/job/generate", "own", 1.0, "model", "", answer="/backline/job/accepted")
+        assert talk.end_of("own") == "done"
+        for name, model in (("by-name", "other"), ("own", "tiny")):
+            record = json.loads((running.root / "jobs" / name / "1" / "take.json").read_text("utf-8"))
+            assert record["model"]["name"] == model
+        talk.send("/backline/model/load", "broken")
+        failed = talk.until("/backline/model/state", state="failed")
+        assert "is damaged" in failed["note"]
+        talk.refused("/backline/model/load", "../other", code="value")
+        talk.send("/backline/model/load", "")
+        talk.until("/backline/model/state", state="loaded", name="tiny 1")
+        talk.close()
 
 
 def test_a_fall_to_the_cpu_is_said_everywhere(tmp_path: Path, tiny_bundle: Path) -> None:
