@@ -57,8 +57,7 @@ class SessionHost:
         self.file = file
         self.warn: Warn = warn or (lambda sentence: None)
         self.plugin_seconds: float | None = None  # None: plugin_host.plugins decides how long one may take
-        self._exports = Path(tempfile.mkdtemp(prefix="backline-session-"))
-        weakref.finalize(self, shutil.rmtree, self._exports, ignore_errors=True)
+        self._exports: Path | None = None
 
     @classmethod
     def create(
@@ -218,11 +217,12 @@ class SessionHost:
         self, track_ids: Iterable[str], span: Span | None = None, *, sounding: bool = True
     ) -> dict[str, Path]:
         span = span or Span(0, max(1, self.length))
+        folder = self._export_folder()
         paths = {}
         for track_id in track_ids:
             track = self._track(track_id)
             samples = self._sound(track, span) if sounding else self._render(track, span)
-            paths[track_id] = self._exports / f"track-{track_id}.wav"
+            paths[track_id] = folder / f"track-{track_id}.wav"
             write(paths[track_id], Audio(samples, self.sample_rate))
         return paths
 
@@ -289,6 +289,13 @@ class SessionHost:
         file = f"{_slug(track.name) or 'track'}-{max(numbers, default=0) + 1:05d}.wav"
         write(folder / file, sound)
         return Take(file=file, name=placement.name, length=sound.length)
+
+    def _export_folder(self) -> Path:
+        """A temporary folder that goes when this object does."""
+        if self._exports is None:
+            self._exports = Path(tempfile.mkdtemp(prefix="backline-session-"))
+            weakref.finalize(self, shutil.rmtree, self._exports, ignore_errors=True)
+        return self._exports
 
     def _track(self, track_id: str) -> TrackState:
         return _find(self.state, track_id)
