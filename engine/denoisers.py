@@ -14,20 +14,32 @@ from engine.schedule import Schedule
 FloatArray = NDArray[np.float32]
 
 
-def guided(denoise: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
+def guided(denoise: Denoiser, unconditional: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6): uncond + scale (cond - uncond).
 
     The clean prediction is affine in eps and in v, so guidance is the same in any of them. A scale of
-    1 is `denoise` itself and spares the second pass.
+    1 is `denoise` itself and spares the second pass. rescale: how far each channel of a stem goes back to the
+    mean and deviation that it has in cond, 0 not at all .. 1 wholly (Lin and others 2024, section 3.4, who
+    have one deviation for all): guidance then changes what is played and not how loud.
     """
     if scale == 1.0:
         return denoise
 
     def denoise_guided(x: FloatArray, t: int) -> FloatArray:
         base = unconditional(x, t)
-        return base + scale * (denoise(x, t) - base)
+        clean = denoise(x, t)
+        pushed = base + scale * (clean - base)
+        return pushed + rescale * (_like(pushed, clean) - pushed) if rescale else pushed
 
     return denoise_guided
+
+
+def _like(x: FloatArray, model: FloatArray) -> FloatArray:
+    """x (B, S, Z, T, F) with the mean and deviation over time that `model` has, channel by channel."""
+    axes = (3, 4)
+    x = x - x.mean(axes, keepdims=True)
+    scale = model.std(axes, keepdims=True) / np.maximum(x.std(axes, keepdims=True), 1e-6)
+    return model.mean(axes, keepdims=True) + np.minimum(scale, 1.0) * x
 
 
 def inpainted(

@@ -223,4 +223,5 @@ def _guided_by(
     without = {name: value for name, value in conditions.items() if name not in names}
     if len(without) == len(conditions):
         return denoise
-    return guided(denoise, _guided_by(model, without, rest), float(scale or 0.0))
+    rescale = 0.0 if names == ("film",) else 1.0
+    return guided(denoise, _guided_by(model, without, rest), float(scale or 0.0), rescale=rescale)

@@ -175,6 +175,20 @@ def test_guidance() -> None:
     assert np.allclose(guided(conditional, unconditional, 3.0)(x, 400), expected, atol=1e-5)
 
 
+def test_rescaled_guidance_is_no_louder() -> None:
+    rng = np.random.default_rng(0)
+    cond, uncond = (rng.standard_normal((2, 4, 3, 50, 1), np.float32) + shift for shift in (0.5, 0.0))
+    pushed = guided(lambda x, t: cond, lambda x, t: uncond, 4.0)(cond, 0)
+    held = guided(lambda x, t: cond, lambda x, t: uncond, 4.0, rescale=1.0)(cond, 0)
+    half = guided(lambda x, t: cond, lambda x, t: uncond, 4.0, rescale=0.5)(cond, 0)
+    assert pushed.std(3).mean() > 3 * cond.std(3).mean()
+    assert np.allclose(held.mean(3), cond.mean(3), atol=1e-5)
+    assert np.allclose(held.std(3), cond.std(3), rtol=1e-4)
+    assert np.allclose(half, (held + pushed) / 2, atol=1e-5)
+    turned = np.corrcoef(held.reshape(24, 50)[0], pushed.reshape(24, 50)[0])[0, 1]
+    assert turned > 0.999, "the direction stays"
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_inpainting_uses_what_is_known(name: str) -> None:
     """Where all stems are equal by the data's nature, the known one decides the others."""

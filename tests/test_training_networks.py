@@ -294,6 +294,19 @@ def test_the_vae_learns_to_rebuild_and_starts_as_a_principal_component_analysis(
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_noise_on_the_latents_reaches_the_decoder_only() -> None:
+    torch.manual_seed(0)
+    vae = PatchVAE(PatchVAEConfig())
+    mel = torch.randn(4, 1, 32, 128) - 4
+    vae.encoder.requires_grad_(False)
+    plain = train_vae.losses(vae, mel, "cpu")[1]
+    value, noisy = train_vae.losses(vae, mel, "cpu", noise=20.0)
+    assert noisy["weighted_l1"] > 1.1 * plain["weighted_l1"] and noisy["kl"] == pytest.approx(plain["kl"])
+    value.backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in vae.decoder.parameters())
+
+
 def test_loud_and_low_bands_weigh_more() -> None:
     bands = torch.full((128,), FLOOR)
     bands[[10, 100]] = 0.0

@@ -36,12 +36,17 @@ def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     return ((estimate - mel).abs() * weight).mean() / weight.mean()
 
 
-def losses(model: PatchVAE, mel: torch.Tensor, device: str) -> tuple[torch.Tensor, Logs]:
-    """Reconstruction + KL to a standard normal (Kingma & Welling 2014, eq. 10)."""
+def losses(model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0) -> tuple[torch.Tensor, Logs]:
+    """Reconstruction + KL to a standard normal (Kingma & Welling 2014, eq. 10).
+
+    noise: the latents get up to this deviation more, another one for each window, because those that the UNet
+    writes are not exact either: a decoder that has heard only exact ones makes speckles of the difference.
+    """
     with torch.autocast(device, dtype=torch.bfloat16):
         mean, log_variance = model.moments(mel)
         mean, log_variance = mean.float(), log_variance.float()
         latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        latents = latents + noise * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)
         estimate = model.decoder(latents).float()
     error = reconstruction(estimate, mel)
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
@@ -51,6 +56,8 @@ def losses(model: PatchVAE, mel: torch.Tensor, device: str) -> tuple[torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, lr=1.5e-3)
+    parser.add_argument("--noise", type=float, default=0.0, help="most deviation added to the latents")
+    parser.add_argument("--decoder-only", action="store_true", help="the encoder stays, and the UNet with it")
     args = parser.parse_args()
     config = loop_config(args)
     rng = np.random.default_rng(args.seed)
@@ -62,7 +69,8 @@ def main() -> None:
 
     def loss(network: PatchVAE, step: int) -> tuple[torch.Tensor, Logs]:
         del step
-        return losses(network, batch_of_mels(songs, args.batch, rng).to(args.device), args.device)
+        network.encoder.requires_grad_(not args.decoder_only)
+        return losses(network, batch_of_mels(songs, args.batch, rng).to(args.device), args.device, args.noise)
 
     @torch.no_grad()
     def validate(network: PatchVAE) -> Logs:
