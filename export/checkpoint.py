@@ -12,6 +12,7 @@ either.
 from __future__ import annotations
 
 import lzma
+import os
 import pickle
 import struct
 import tarfile
@@ -298,6 +299,8 @@ def _parse_legacy(path: Path, file: IO[bytes]) -> Checkpoint:
         _unpickle(path, _Unpickler(file))
     unpickler = _Unpickler(file)
     values = _unpickle(path, unpickler)
+    start, end = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(start)
     places: dict[str, int] = {}
     for key in _unpickle(path, _Unpickler(file)):
         storage = unpickler.storages.get(str(key))
@@ -305,7 +308,9 @@ def _parse_legacy(path: Path, file: IO[bytes]) -> Checkpoint:
         if storage is None or len(count) < 8 or struct.unpack("<q", count)[0] != storage.size:
             raise BacklineError(f"{path} is truncated or damaged: download it again.")
         places[str(key)] = file.tell()
-        file.seek(storage.size * storage.dtype.itemsize, 1)
+        # the last of them may be one that nobody asks for
+        if file.seek(storage.size * storage.dtype.itemsize, os.SEEK_CUR) > end:
+            raise BacklineError(f"{path} is truncated or damaged: download it again.")
 
     def load(storage: Storage) -> bytearray:
         file.seek(places[storage.key])
