@@ -578,6 +578,24 @@ def test_ardour_track_is_renamed_while_a_job_runs(host: ArdourHost, user: User) 
     assert awaited(lambda: regions(host, "other name") == [])
 
 
+def test_ardour_track_is_moved_while_a_job_runs(host: ArdourHost, user: User) -> None:
+    """To the top of the list: what counts is which track it is, not where it stands."""
+    wanted = host.create_track("piano right")
+    user.arm("piano right")
+    assert awaited(lambda: tracks(host)["piano right"].armed)
+    before = user.strips()
+    kept = {track.name: regions(host, track.name) for track in host.tracks() if track.name != "piano right"}
+    strummer = Strummer(lambda: lua(host, "track_of(...):set_presentation_order(0)", wanted.id))
+    placed = fill(host, strummer, span=PLAYING, seed=1)
+    after = user.strips()
+    assert after.keys() == before.keys() and after["piano right"] < before["piano right"], "it moved"
+    assert [part.track_id for part in placed] == [wanted.id]
+    assert regions(host, "piano right") == [[START, PLAYING.length]]
+    assert {name: regions(host, name) for name in kept} == kept
+    user.send("/undo")
+    assert awaited(lambda: regions(host, "piano right") == [])
+
+
 def test_ardour_mistakes_are_sentences(
     host: ArdourHost, user: User, studio: Studio, capsys: pytest.CaptureFixture[str]
 ) -> None:
