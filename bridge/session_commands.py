@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -466,10 +466,7 @@ def undo(
 ) -> None:
     """Take the last step back; no wav is ever removed."""
     host = _open(folder)
-    if steps > max(1, len(host.file.past)):
-        raise UsageError(f"Only {len(host.file.past)} steps can be undone, not {steps}.")
-    labels = [host.undo() for _ in range(steps)]
-    _done(host, json_output, f"Undone: {', '.join(labels)}.")
+    _done(host, json_output, _repeated(host.undo, steps, len(host.file.past), "undone"))
 
 
 @app.command()
@@ -480,10 +477,14 @@ def redo(
 ) -> None:
     """Do again what was undone."""
     host = _open(folder)
-    if steps > max(1, len(host.file.future)):
-        raise UsageError(f"Only {len(host.file.future)} steps can be redone, not {steps}.")
-    labels = [host.redo() for _ in range(steps)]
-    _done(host, json_output, f"Redone: {', '.join(labels)}.")
+    _done(host, json_output, _repeated(host.redo, steps, len(host.file.future), "redone"))
+
+
+def _repeated(step: Callable[[], str], steps: int, possible: int, done: str) -> str:
+    """Takes all steps or, where there are not so many, none."""
+    if steps > max(1, possible):  # `step` itself says that there is nothing at all
+        raise UsageError(f"Only {possible} steps can be {done}, not {steps}.")
+    return f"{done.capitalize()}: {', '.join(step() for _ in range(steps))}."
 
 
 @app.command()

@@ -36,9 +36,8 @@ def heard_chords(signal: FloatArray, manifest: Manifest, frames: int) -> FloatAr
     rate, hop = manifest.mel.sample_rate, manifest.mel.hop * manifest.latent.frames
     n_fft = 1 << round(np.log2(FFT_SECONDS * rate))
     classes = _pitch_classes(signal, frames, rate, n_fft, hop)
-    sounding = classes.sum((1, 2)) > 0
-    level = np.where(sounding, classes[:, 0].sum(1), 0)
-    sounding &= level > level.max(initial=0.0) * 10 ** (SILENCE_DB / 20)
+    level = classes[:, 0].sum(1)
+    sounding = level > level.max(initial=0.0) * 10 ** (SILENCE_DB / 20)
     smooth = np.apply_along_axis(np.convolve, 0, classes.reshape(frames, 24), _bump(SMOOTH), "same")
     likelihood = _likelihood(smooth.reshape(frames, 2, 12))
     posterior = _posterior(likelihood, CHANGE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,7 @@ def generate(
     Raises UsageError for a request that the model cannot meet.
     """
     settings = resolve(settings or Settings(), model.manifest)
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise UsageError(f"The length must be {MIN_SECONDS:g} to {MAX_SECONDS:g} s, not {seconds:g}.")
+    _check_length(seconds)
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     started = time.perf_counter()
     stretch(callback, "listen", 0.0, 0.05)(0.0)
@@ -200,11 +199,9 @@ def continue_(
     """
     manifest = model.manifest
     settings = resolve(settings or Settings(), manifest)
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise UsageError(f"The length must be {MIN_SECONDS:g} to {MAX_SECONDS:g} s, not {seconds:g}.")
+    _check_length(seconds)
+    _check_names(manifest, before)
     for name, part in before.items():
-        if name not in manifest.stems:
-            raise UsageError(f"There is no stem {name!r}: this model plays {', '.join(manifest.stems)}.")
         check(part, f"The stem {name}")
     if not before:
         raise UsageError("There is nothing to continue: give at least one stem.")
@@ -298,10 +295,7 @@ def _with_chords(
     pitched += [] if other is None else [other]
     if not pitched:
         return told
-    together = empty(max(len(signal) for signal in pitched))
-    for signal in pitched:
-        together[: len(signal)] += signal
-    chords = heard_chords(together, model.manifest, total)
+    chords = heard_chords(_sum(pitched), model.manifest, total)
 
     def conditions(start: int, frames: int) -> dict[str, FloatArray]:
         return told(start, frames) | {"chords": chords[None, start : start + frames]}
@@ -352,24 +346,38 @@ def _ending_latents(model: Model, signals: Mapping[str, FloatArray], heard: int,
     return known
 
 
+def _sum(signals: Collection[FloatArray]) -> FloatArray:
+    """Signals (n,) of any lengths -> their sum, as long as the longest."""
+    total = empty(max(len(signal) for signal in signals))
+    for signal in signals:
+        total[: len(signal)] += signal
+    return total
+
+
 def _context_gain(manifest: Manifest, signals: Mapping[str, FloatArray], heard: FloatArray | None) -> float:
     """What brings the context (or, without one, the other material) to the level the model was trained at."""
     if manifest.level is None:
         return 1.0
     if signals:
-        total = empty(max(len(signal) for signal in signals.values()))
-        for signal in signals.values():
-            total[: len(signal)] += signal
-        return gain_to(manifest.level.context_db, signal_level(total, manifest))
+        return gain_to(manifest.level.context_db, signal_level(_sum(signals.values()), manifest))
     return 1.0 if heard is None else gain_to(manifest.level.mixture_db, signal_level(heard, manifest))
+
+
+def _check_length(seconds: float) -> None:
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise UsageError(f"The length must be {MIN_SECONDS:g} to {MAX_SECONDS:g} s, not {seconds:g}.")
+
+
+def _check_names(manifest: Manifest, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in manifest.stems:
+            raise UsageError(f"There is no stem {name!r}: this model plays {', '.join(manifest.stems)}.")
 
 
 def _check_stems(
     manifest: Manifest, known: Mapping[str, Audio], armed: Sequence[str], silent: Sequence[str]
 ) -> None:
-    for name in [*armed, *silent, *known]:
-        if name not in manifest.stems:
-            raise UsageError(f"There is no stem {name!r}: this model plays {', '.join(manifest.stems)}.")
+    _check_names(manifest, [*armed, *silent, *known])
     if not armed:
         raise UsageError("No stem is armed: say which to play.")
     if set(armed) == set(manifest.stems):

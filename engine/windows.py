@@ -208,20 +208,29 @@ def _window_denoiser(
     if model.supports("context"):
         known = given * mask[:, None, :, None]
         conditions = conditions | {"context": known, "context_mask": mask[None]}
-    scales = [(("film",), settings.guidance), (heard, settings.listening)]
-    return _guided_by(model, conditions, [(names, s) for names, s in scales if s not in (None, 1.0)])
+    # a prompt may change how loud a stem is, what is heard may not
+    weights = [(("film",), settings.guidance, 0.0), (heard, settings.listening, 1.0)]
+    return _guided_by(
+        model,
+        conditions,
+        [(names, scale, rescale) for names, scale, rescale in weights if scale not in (None, 1.0)],
+    )
 
 
 def _guided_by(
-    model: Model, conditions: dict[str, FloatArray], scales: Sequence[tuple[Sequence[str], float | None]]
+    model: Model,
+    conditions: dict[str, FloatArray],
+    weights: Sequence[tuple[Sequence[str], float | None, float]],
 ) -> Denoiser:
-    """Guidance by one condition after another, each against the same without it."""
-    if not scales:
+    """Guidance by one condition after another, each against the same without it.
+
+    weights: the names of the condition's inputs, and `guided`'s scale and rescale.
+    """
+    if not weights:
         return model.denoiser(conditions)
-    (names, scale), *rest = scales
+    (names, scale, rescale), *rest = weights
     denoise = _guided_by(model, conditions, rest)
     without = {name: value for name, value in conditions.items() if name not in names}
     if len(without) == len(conditions):
         return denoise
-    rescale = 0.0 if names == ("film",) else 1.0
     return guided(denoise, _guided_by(model, without, rest), float(scale or 0.0), rescale=rescale)

@@ -7,6 +7,14 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def overlap_add(frames: torch.Tensor) -> torch.Tensor:
+    """(N, F, 4 hop) -> (N, F + 3, hop): frame i is added to quarters i .. i + 3."""
+    n, count, size = frames.shape
+    quarters = frames.reshape(n, count, 4, size // 4)
+    first, second, third, fourth = (F.pad(quarters[:, :, q], (0, 0, q, 3 - q)) for q in range(4))
+    return first + second + third + fourth
+
+
 class ConvBlock(nn.Module):
     """ConvNeXt block over time (Liu et al. 2022), optionally with FiLM (Perez et al. 2018), on (B, T, C)."""
 

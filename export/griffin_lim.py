@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.features import mel_filterbank
 from engine.manifest import Mel
+from export.blocks import overlap_add
 
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
 OVERLAP = 4  # windows over each sample
@@ -174,12 +175,7 @@ class GriffinLim(nn.Module):
     def _audio(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
         """Spectra of F frames -> (N, (F + 3) hop), the least-squares signal of the frames (Griffin and Lim
         1984, equation 6); four squared Hann windows sum to 3 / 2."""
-        frames = self.fft.inverse(re, im) * (self.window / 1.5)
-        n, count, _ = frames.shape
-        quarters = frames.reshape(n, count, OVERLAP, self.config.hop)
-        pad = nn.functional.pad
-        parts = [pad(quarters[:, :, q], (0, 0, q, OVERLAP - 1 - q)) for q in range(OVERLAP)]
-        return (parts[0] + parts[1] + parts[2] + parts[3]).reshape(n, (count + OVERLAP - 1) * self.config.hop)
+        return overlap_add(self.fft.inverse(re, im) * (self.window / 1.5)).flatten(1)
 
 
 def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:

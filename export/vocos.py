@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from export.blocks import ConvBlock
+from export.blocks import ConvBlock, overlap_add
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,7 @@ class Vocos(nn.Module):
 
     def _overlap(self, frames: torch.Tensor) -> torch.Tensor:
         """Overlap-add at a hop of n_fft / 4."""
-        hop = self.config.n_fft // 4
-        quarters = frames.reshape(frames.shape[0], frames.shape[1], 4, hop)
-        pad = nn.functional.pad
-        first, second, third, fourth = (pad(quarters[:, :, q], (0, 0, q, 3 - q)) for q in range(4))
-        total = first + second + third + fourth
-        # frame i covers quarters i .. i + 3; without the first quarter it is centred on sample (i + 1) hop
+        # without the first quarter frame i is centred on sample (i + 1) hop
         length = frames.shape[1]
-        return total[:, 1 : 1 + length].reshape(frames.shape[0], 1, length * hop)
+        kept = overlap_add(frames)[:, 1 : 1 + length]
+        return kept.reshape(frames.shape[0], 1, length * (self.config.n_fft // 4))

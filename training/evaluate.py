@@ -28,10 +28,8 @@ from engine.separation import Method, mask_mix
 from engine.take import Settings
 from engine.tasks import fill, generate, split
 from training import metrics
-from training.bands import split_grooves
 from training.dataset import MAGNITUDES, RenderedSong, load_songs
-from training.grooves import list_grooves
-from training.held_out import Window, held_out_windows, make_window
+from training.held_out import Window, held_out_windows
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES
 from training.metrics import Array
@@ -206,13 +204,6 @@ def _fingerprints(mels: Array) -> Array:
     n, frames, bands = mels.shape
     cut = mels[:, : frames // 8 * 8].reshape(n, 8, -1, bands).mean(2)
     return (cut - cut.mean((1, 2), keepdims=True)).reshape(n, -1)
-
-
-def familiar_windows(count: int, grooves_cache: Path, samples: Path) -> list[Window]:
-    """Windows of held-out grooves played with the sounds of training, which a generated band has too."""
-    grooves = split_grooves(list_grooves(grooves_cache), held_out=True)
-    sources = training_sources(samples)
-    return [make_window(FAMILIAR_SEED + i, grooves, sources) for i in range(count)]
 
 
 def evaluate_novelty(
@@ -414,7 +405,10 @@ def main() -> None:
     if "prompts" in args.only:
         report["prompts"] = evaluate_prompts(model, args.seeds)
     if "novelty" in args.only:
-        familiar = familiar_windows(args.windows, args.grooves, args.samples) if args.samples else []
+        familiar: list[Window] = []
+        if args.samples is not None:
+            sources = training_sources(args.samples)
+            familiar = held_out_windows(args.windows, args.grooves, FAMILIAR_SEED, sources)
         songs = load_songs(args.data / "train")
         report["novelty"] = evaluate_novelty(model, windows, songs, 2000, 16, familiar)
     if "seeds" in args.only:

@@ -58,8 +58,10 @@ def _draw(sources: list[Source], stem: str, rng: np.random.Generator) -> Source:
     return pool[int(rng.integers(len(pool)))]
 
 
-def held_out_windows(count: int, grooves_cache: Path, first: int = FIRST_SEED) -> list[Window]:
-    """`count` windows of as many different songs."""
+def held_out_windows(
+    count: int, grooves_cache: Path, first: int = FIRST_SEED, sources: list[Source] | None = None
+) -> list[Window]:
+    """`count` windows of as many different songs. sources: their sounds, TimGM6mb's if not given."""
     grooves = split_grooves(list_grooves(grooves_cache), held_out=True)
-    sources = held_out_sources()
-    return [make_window(first + i, grooves, sources) for i in range(count)]
+    sounds = held_out_sources() if sources is None else sources
+    return [make_window(first + i, grooves, sounds) for i in range(count)]
