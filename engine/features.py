@@ -77,36 +77,57 @@ def mel_to_hz(mels: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def mel_edges(mel: Mel) -> NDArray[np.float64]:
     """(n_mels + 2,) corner frequencies in Hz; band b rises from b to its peak at b + 1 and falls to b + 2."""
-    low, high = hz_to_mel(np.array([mel.f_min, mel.f_max], np.float64))
-    return mel_to_hz(np.linspace(low, high, mel.n_mels + 2))
+    if mel.low is None:
+        return _slaney_edges(mel.f_min, mel.f_max, mel.n_mels + 2)
+    evenly = np.linspace(mel.f_min, mel.low.f_max, mel.low.bands + 1)
+    return np.concatenate(
+        [evenly, _slaney_edges(mel.low.f_max, mel.f_max, mel.n_mels - mel.low.bands + 2)[1:]]
+    )
 
 
 @lru_cache(maxsize=8)
 def mel_filterbank(mel: Mel) -> FloatArray:
-    """(n_fft / 2 + 1, n_mels) triangles of Slaney's scale, each of unit area. Read-only."""
-    bins = np.fft.rfftfreq(mel.n_fft, 1 / mel.sample_rate)[:, None]
+    """(n_fft / 2 + 1, n_mels - low bands) triangles, each of unit area. Read-only."""
+    edges = mel_edges(mel)[mel.low.bands if mel.low else 0 :]
+    return _read_only(_triangles(edges, mel.n_fft, mel.sample_rate) * (2 / (edges[2:] - edges[:-2])))
+
+
+@lru_cache(maxsize=8)
+def low_filterbank(mel: Mel) -> FloatArray:
+    """(low.n_fft / 2 + 1, low.bands) triangles, as high as the lowest of `mel_filterbank`. Read-only.
+
+    A Hann window twice as long doubles the magnitude of a sine: that is taken back. Raises ValueError where
+    the geometry has no low bands.
+    """
+    if mel.low is None:
+        raise ValueError("this geometry has no low bands")
     edges = mel_edges(mel)
-    rising = (bins - edges[:-2]) / np.diff(edges)[:-1]
-    falling = (edges[2:] - bins) / np.diff(edges)[1:]
-    triangles = np.maximum(0, np.minimum(rising, falling))
-    filters = (triangles * (2 / (edges[2:] - edges[:-2]))).astype(np.float32)
-    filters.flags.writeable = False
-    return filters
+    first = edges[mel.low.bands :]
+    height = 2 / (first[2] - first[0]) * mel.win_length / mel.low.n_fft
+    return _read_only(_triangles(edges[: mel.low.bands + 2], mel.low.n_fft, mel.sample_rate) * height)
 
 
 def mel_magnitude(audio: FloatArray, mel: Mel, *, padded: bool = False) -> FloatArray:
     """(N, samples) at mel.sample_rate -> (N, samples // hop, n_mels) magnitudes.
 
     Frame i is centred on sample i * hop. The ends are reflected, unless `padded` says that `audio`
-    already carries n_fft / 2 neighbouring samples on each side.
+    already carries mel.margin neighbouring samples on each side.
     """
-    pad = mel.n_fft // 2
+    pad = mel.margin
     if not padded:
         audio = np.pad(audio, ((0, 0), (pad, pad)), mode="reflect")
     frames = (audio.shape[1] - 2 * pad) // mel.hop
     # The transform makes one frame more, centred on the sample past the end.
-    spectrum = stft(audio, mel.n_fft, mel.hop, win_length=mel.win_length)[:, :frames]
-    return np.abs(spectrum) @ mel_filterbank(mel)
+    inner = audio[:, pad - mel.n_fft // 2 : audio.shape[1] - pad + mel.n_fft // 2]
+    spectrum = stft(inner, mel.n_fft, mel.hop, win_length=mel.win_length)[:, :frames]
+    high = np.abs(spectrum) @ mel_filterbank(mel)
+    if mel.low is None:
+        return high
+    inner = audio[:, pad - mel.low.n_fft // 2 : audio.shape[1] - pad + mel.low.n_fft // 2]
+    filters = low_filterbank(mel)
+    reached = int(np.flatnonzero(filters.any(axis=1))[-1]) + 1  # the rest of the spectrum is not needed
+    low = np.abs(stft(inner, mel.low.n_fft, mel.hop)[:, :frames, :reached]) @ filters[:reached]
+    return np.concatenate([low, high], axis=2)
 
 
 def log_mel(audio: FloatArray, mel: Mel, *, padded: bool = False) -> FloatArray:
@@ -118,6 +139,25 @@ def mel_level(audio: FloatArray, mel: Mel) -> float:
     """Level of (N, samples) in dB, as manifest.Level defines it; -inf for silence."""
     power = np.mean(np.square(mel_magnitude(audio, mel), dtype=np.float64))
     return float(10 * np.log10(power)) if power > 0 else -np.inf
+
+
+def _slaney_edges(f_min: float, f_max: float, count: int) -> NDArray[np.float64]:
+    low, high = hz_to_mel(np.array([f_min, f_max], np.float64))
+    return mel_to_hz(np.linspace(low, high, count))
+
+
+def _triangles(edges: NDArray[np.float64], n_fft: int, sample_rate: int) -> NDArray[np.float64]:
+    """(n_fft / 2 + 1, len(edges) - 2) triangles of height 1."""
+    bins = np.fft.rfftfreq(n_fft, 1 / sample_rate)[:, None]
+    rising = (bins - edges[:-2]) / np.diff(edges)[:-1]
+    falling = (edges[2:] - bins) / np.diff(edges)[1:]
+    return np.maximum(0, np.minimum(rising, falling))
+
+
+def _read_only(table: NDArray[np.float64]) -> FloatArray:
+    filters = table.astype(np.float32)
+    filters.flags.writeable = False
+    return filters
 
 
 def _squares(window: FloatArray, frames: int) -> FloatArray:

@@ -23,7 +23,7 @@ def model_signal(audio: Audio, manifest: Manifest) -> FloatArray:
 def signal_level(signal: FloatArray, manifest: Manifest) -> float:
     """Level of (n,) in dB, the mean over its windows without those far under the loudest; -inf: silence."""
     size = manifest.window_samples
-    shortest = 2 * manifest.mel.n_fft
+    shortest = 4 * manifest.mel.margin
     starts = [s for s in range(0, len(signal), size) if s == 0 or len(signal) - s >= shortest]
     levels = np.array([mel_level(signal[None, s : s + size], manifest.mel) for s in starts])
     heard = levels[levels > levels.max() - GATE_DB]
@@ -46,7 +46,7 @@ def window_mel(
     are reflected to the left of it.
     """
     mel, hop = manifest.mel, manifest.mel.hop * manifest.latent.frames
-    pad = mel.n_fft // 2
+    pad = mel.margin
     left, right = start * hop - pad, (start + frames) * hop + pad
     part = signal[max(0, left) : right]
     if left < 0:

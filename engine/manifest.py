@@ -18,11 +18,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class LowBands(_Part):
+    """The lowest bands of a mel spectrogram, from a longer window that resolves the harmonics of low notes.
+
+    Their edges lie evenly from the mel's f_min to f_max here; a band of a sine is as loud as in the others.
+    """
+
+    n_fft: int = Field(gt=0, description="length of the longer transform and of its Hann window")
+    bands: int = Field(gt=0, description="how many of n_mels they are")
+    f_max: float = Field(gt=0, description="Hz; Slaney's scale begins here")
+
+
 class Mel(_Part):
     """Geometry of the log mel spectrogram the VAE reads and the vocoder inverts.
 
     Frames are centred (reflect padding of n_fft / 2); the spectrum is a magnitude; the filters are
-    Slaney's with area normalisation (librosa's default); the log is natural, of
+    Slaney's with area normalisation (librosa's default), but for the `low` bands; the log is natural, of
     `max(magnitude, floor)`.
     """
 
@@ -34,6 +45,12 @@ class Mel(_Part):
     f_min: float = Field(ge=0, description="Hz")
     f_max: float = Field(gt=0, description="Hz")
     floor: float = Field(gt=0, description="magnitudes are clamped here before the log")
+    low: LowBands | None = Field(default=None, description="None: all bands are of one transform")
+
+    @property
+    def margin(self) -> int:
+        """Samples on each side of a frame's centre that it sees."""
+        return max(self.n_fft, self.low.n_fft if self.low else 0) // 2
 
 
 class Latent(_Part):

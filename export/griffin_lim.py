@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from engine.features import mel_filterbank
-from engine.manifest import Mel
+from engine.features import low_filterbank, mel_filterbank
+from engine.manifest import LowBands, Mel
 from export.blocks import overlap_add
 
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
@@ -30,7 +32,10 @@ LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
 @dataclass(frozen=True)
 class GriffinLimConfig:
-    """The mel geometry to invert, and how long to search. n_fft must be 4 hops and a power of two."""
+    """The mel geometry to invert, and how long to search.
+
+    n_fft must be 4 hops and a power of two; low_n_fft, of the low bands' transform, a larger one or 0: none.
+    """
 
     sample_rate: int = 44100
     n_fft: int = 2048
@@ -39,9 +44,34 @@ class GriffinLimConfig:
     f_min: float = 0.0
     f_max: float = 22050.0
     floor: float = 1e-4
+    low_n_fft: int = 0
+    low_bands: int = 0
+    low_f_max: float = 0.0
     magnitude_steps: int = 20
     phase_steps: int = 4
     momentum: float = 0.99
+
+    @classmethod
+    def of(cls, mel: Mel) -> GriffinLimConfig:
+        """The configuration that inverts this geometry."""
+        low = mel.low or LowBands.model_construct(n_fft=0, bands=0, f_max=0.0)
+        return cls(
+            sample_rate=mel.sample_rate, n_fft=mel.n_fft, hop=mel.hop, mels=mel.n_mels,
+            f_min=mel.f_min, f_max=mel.f_max, floor=mel.floor,
+            low_n_fft=low.n_fft, low_bands=low.bands, low_f_max=low.f_max,
+        )  # fmt: skip
+
+    @property
+    def geometry(self) -> Mel:
+        """The mel geometry. Raises pydantic.ValidationError where it is none."""
+        low = None
+        if self.low_n_fft:
+            low = LowBands(n_fft=self.low_n_fft, bands=self.low_bands, f_max=self.low_f_max)
+        return Mel(
+            sample_rate=self.sample_rate, n_fft=self.n_fft, win_length=self.n_fft, hop=self.hop,
+            n_mels=self.mels, f_min=self.f_min, f_max=self.f_max, floor=self.floor,
+            low=low,
+        )  # fmt: skip
 
 
 class RealFFT(nn.Module):
@@ -110,7 +140,40 @@ class RealFFT(nn.Module):
 class GriffinLim(nn.Module):
     """mel (N, mels, frames), natural log -> audio (N, 1, frames x hop).
 
+    Low bands are searched for on their own, in every few frames, and the two signals added: neither writes
+    anything on the other's side of low_f_max.
+    """
+
+    def __init__(self, config: GriffinLimConfig) -> None:
+        super().__init__()
+        c, self.config = config, config
+        if c.n_fft != OVERLAP * c.hop:
+            raise ValueError(f"n_fft must be {OVERLAP} hops, not {c.n_fft} and {c.hop}")
+        if c.low_n_fft and (c.low_n_fft <= c.n_fft or c.low_n_fft % c.n_fft):
+            raise ValueError(f"low_n_fft must be a larger multiple of n_fft, not {c.low_n_fft} of {c.n_fft}")
+        mel = c.geometry
+        above = np.fft.rfftfreq(c.n_fft, 1 / c.sample_rate) >= c.low_f_max
+        self.search = Search(c, c.n_fft, mel_filterbank(mel) * above[:, None])
+        self.low: Search | None = None
+        if c.low_n_fft:
+            below = np.fft.rfftfreq(c.low_n_fft, 1 / c.sample_rate) < c.low_f_max
+            self.low = Search(c, c.low_n_fft, low_filterbank(mel) * below[:, None])
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        audio = self.search(mel[:, c.low_bands :])
+        if self.low is None:
+            return audio
+        every = c.low_n_fft // c.n_fft
+        low = torch.cat([mel[:, : c.low_bands], *[mel[:, : c.low_bands, -1:]] * (every - 1)], -1)
+        return audio + self.low(low[..., ::every])[..., : audio.shape[-1]]
+
+
+class Search(nn.Module):
+    """The bands of one transform: mel (N, bands, frames), natural log -> audio (N, 1, frames x n_fft / 4).
+
     Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`.
+    filters: (n_fft / 2 + 1, bands).
     """
 
     filters: torch.Tensor
@@ -118,28 +181,22 @@ class GriffinLim(nn.Module):
     turn: torch.Tensor
     window: torch.Tensor
 
-    def __init__(self, config: GriffinLimConfig) -> None:
+    def __init__(self, config: GriffinLimConfig, n_fft: int, filters: NDArray[np.float32]) -> None:
         super().__init__()
-        c, self.config = config, config
-        if c.n_fft != OVERLAP * c.hop:
-            raise ValueError(f"n_fft must be {OVERLAP} hops, not {c.n_fft} and {c.hop}")
-        self.fft = RealFFT(c.n_fft)
-        geometry = Mel(
-            sample_rate=c.sample_rate, n_fft=c.n_fft, win_length=c.n_fft, hop=c.hop,
-            n_mels=c.mels, f_min=c.f_min, f_max=c.f_max, floor=c.floor,
-        )  # fmt: skip
+        self.config, self.hop = config, n_fft // OVERLAP
+        self.fft = RealFFT(n_fft)
         bins, mirrored = self.fft.places()
-        self.register_buffer("filters", torch.tensor(mel_filterbank(geometry)))  # (bins, mels)
+        self.register_buffer("filters", torch.tensor(filters))
         self.register_buffer("order", bins.flatten())
         self.register_buffer("turn", torch.where(mirrored, -2 * math.pi, 2 * math.pi))
-        self.register_buffer("window", torch.hann_window(c.n_fft))
+        self.register_buffer("window", torch.hann_window(n_fft))
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
         first, last = mel[..., :1], mel[..., -1:]
         padded = torch.cat([*[first] * EDGE, mel, *[last] * EDGE], -1)
         magnitude = self._magnitude(padded.clamp(max=LOUDEST).exp().transpose(1, 2))
-        phase = self._laid_out(first_phases(magnitude, c.hop / c.n_fft)) * self.turn
+        phase = self._laid_out(first_phases(magnitude, 1 / OVERLAP)) * self.turn
         magnitude = self._laid_out(magnitude)
         audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
         before: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -151,8 +208,8 @@ class GriffinLim(nn.Module):
             scale = magnitude * torch.rsqrt(re * re + im * im + soft * magnitude * magnitude + 1e-16)
             audio = self._audio(re * scale, im * scale)
         # padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 EDGE
-        start = (EDGE + OVERLAP // 2) * c.hop
-        return audio[:, None, start : start + mel.shape[-1] * c.hop]
+        start = (EDGE + OVERLAP // 2) * self.hop
+        return audio[:, None, start : start + mel.shape[-1] * self.hop]
 
     def _magnitude(self, mel: torch.Tensor) -> torch.Tensor:
         """(N, F, mels) -> (N, F, bins), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
@@ -169,7 +226,7 @@ class GriffinLim(nn.Module):
 
     def _frames(self, audio: torch.Tensor, count: int) -> torch.Tensor:
         """(N, (F + 3) hop) -> (N, F, n_fft)."""
-        quarters = audio.reshape(audio.shape[0], count + OVERLAP - 1, self.config.hop)
+        quarters = audio.reshape(audio.shape[0], count + OVERLAP - 1, self.hop)
         return torch.cat([quarters[:, q : q + count] for q in range(OVERLAP)], -1)
 
     def _audio(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:

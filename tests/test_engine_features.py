@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine import features
-from engine.manifest import Mel
+from engine.manifest import LowBands, Mel
 
 REFERENCE = Mel(
     sample_rate=16000, n_fft=1024, win_length=1024, hop=160, n_mels=64, f_min=0, f_max=8000, floor=1e-5
@@ -16,6 +16,7 @@ REFERENCE = Mel(
 WIDE = Mel(
     sample_rate=44100, n_fft=2048, win_length=2048, hop=512, n_mels=128, f_min=0, f_max=22050, floor=1e-4
 )
+LOW = WIDE.model_copy(update={"n_mels": 152, "low": LowBands(n_fft=4096, bands=40, f_max=480.0)})
 ROOT = Path(__file__).parents[1]
 PARITY = next((p for p in (ROOT / "shared/parity", ROOT.parent / "shared/parity") if p.is_dir()), None)
 
@@ -44,6 +45,40 @@ def test_log_mel_is_the_direct_transform(mel: Mel) -> None:
         spectrum = np.abs((padded[frame * mel.hop :][: mel.n_fft] * window) @ basis)
         expected.append(np.log(np.maximum(spectrum @ features.mel_filterbank(mel), mel.floor)))
     assert np.abs(features.log_mel(audio, mel)[0] - np.array(expected)).max() < 1e-4
+
+
+def test_low_bands_are_the_direct_transform_of_a_longer_window() -> None:
+    audio = noise(1, 20 * LOW.hop)
+    padded = np.pad(audio[0].astype(np.float64), 2048, mode="reflect")
+    window = np.hanning(4097)[:-1]
+    frames = np.stack([padded[i * LOW.hop :][:4096] * window for i in range(20)])
+    expected = np.abs(np.fft.rfft(frames)) @ features.low_filterbank(LOW)
+    found = features.mel_magnitude(audio, LOW)[0]
+    assert found.shape == (20, 152)
+    assert np.abs(found[:, :40] / expected - 1).max() < 1e-3
+    inner = features.mel_magnitude(np.pad(audio, ((0, 0), (2048, 2048)), mode="reflect"), LOW, padded=True)[0]
+    assert np.allclose(found, inner), "the margin is that of the longer window"
+
+
+def test_low_bands_tell_neighbouring_harmonics_apart_and_keep_their_level() -> None:
+    time = np.arange(44100) / 44100
+    pair = (np.sin(2 * np.pi * 82.4 * time) + np.sin(2 * np.pi * 123.6 * time)).astype(np.float32)[None]
+    edges = features.mel_edges(LOW)[1:-1]
+    wobble = {
+        name: np.ptp(features.log_mel(pair, mel)[0, 10:-10, features.mel_edges(mel)[1:-1].searchsorted(82)])
+        for name, mel in (("one window", WIDE), ("low bands", LOW))
+    }
+    assert 4 * wobble["low bands"] < wobble["one window"]
+    for hz in (100.0, 300.0, 470.0, 490.0, 700.0):
+        tone = np.sin(2 * np.pi * hz * time).astype(np.float32)[None]
+        power = np.square(features.mel_magnitude(tone, LOW)[0, 40]).sum()
+        assert 10 * abs(np.log10(power / 440)) < 1.5, "dB, whatever the window"
+    assert (np.diff(edges) > 0).all()
+
+
+def test_a_geometry_without_low_bands_has_no_filters_for_them() -> None:
+    with pytest.raises(ValueError, match="no low bands"):
+        features.low_filterbank(WIDE)
 
 
 def test_mel_filters_are_slaney_triangles() -> None:

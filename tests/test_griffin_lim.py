@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 
 from export.griffin_lim import GriffinLim, GriffinLimConfig, RealFFT, first_phases
 from export.onnx_writer import Input, relative_error, write_graph
-from training.mel import log_mel
+from training.mel import GEOMETRY, log_mel
 
+DEFAULT = GriffinLimConfig.of(GEOMETRY)
 SMALL = GriffinLimConfig(sample_rate=16000, n_fft=512, hop=128, mels=40, f_max=8000.0)
 
 
@@ -65,15 +67,48 @@ def notes(pitches: list[int], seconds: float = 2.0, rate: int = 44100) -> torch.
     return 0.05 * wave * torch.exp(-time)
 
 
-def test_notes_keep_their_pitch_and_their_mel() -> None:
+def test_a_configuration_names_its_geometry() -> None:
+    assert DEFAULT.geometry == GEOMETRY
+    assert SMALL.geometry.low is None
+    assert GriffinLimConfig.of(SMALL.geometry) == SMALL
+
+
+def test_low_bands_need_a_longer_window() -> None:
+    with pytest.raises(ValueError, match="larger multiple"):
+        GriffinLim(replace(DEFAULT, low_n_fft=2048))
+
+
+@pytest.mark.parametrize("frames", [1, 7, 8])
+def test_any_number_of_frames_becomes_as_many_hops(frames: int) -> None:
+    with torch.no_grad():
+        assert GriffinLim(DEFAULT)(torch.zeros(2, 152, frames)).shape == (2, 1, frames * 512)
+
+
+def fundamental(audio: torch.Tensor) -> float:
+    """Hz of the strongest line under 300 Hz."""
+    spectrum = torch.fft.rfft(audio[:65536] * torch.hann_window(65536)).abs()
+    return int(spectrum[: round(300 * 65536 / 44100)].argmax()) * 44100 / 65536
+
+
+@pytest.mark.parametrize("pitch", [28, 31, 33, 38])
+def test_the_lowest_notes_of_a_bass_keep_their_pitch(pitch: int) -> None:
+    signal = notes([pitch])
+    with torch.no_grad():
+        audio = GriffinLim(DEFAULT)(log_mel(signal[None]).transpose(1, 2))[0, 0]
+    octaves = np.log2(fundamental(audio) / (440 * 2 ** ((pitch - 69) / 12)))
+    assert abs(12 * octaves) < 0.5
+
+
+@pytest.mark.parametrize("chord", [[52, 59, 64, 68], [28, 40]])
+def test_notes_keep_their_pitch_and_their_mel(chord: list[int]) -> None:
     """Each note of a chord comes back nearest to its own semitone, the mel within a quarter of a neper."""
-    signal = notes([52, 59, 64, 68])
+    signal = notes(chord)
     mel = log_mel(signal[None])
     with torch.no_grad():
-        audio = GriffinLim(GriffinLimConfig())(mel.transpose(1, 2))
+        audio = GriffinLim(DEFAULT)(mel.transpose(1, 2))
     assert audio.shape == (1, 1, mel.shape[1] * 512)
     spectrum = torch.fft.rfft(audio[0, 0, :65536] * torch.hann_window(65536)).abs()
-    for pitch in (52, 59, 64, 68):
+    for pitch in chord:
         hz = 440 * 2 ** ((pitch - 69) / 12)
         near = spectrum[int((hz - 12) * 65536 / 44100) : int((hz + 12) * 65536 / 44100)]
         found = (int(near.argmax()) + int((hz - 12) * 65536 / 44100)) * 44100 / 65536
@@ -98,7 +133,7 @@ def test_more_steps_come_nearer_to_the_mel() -> None:
     errors = []
     for steps in (0, 2, 8):
         with torch.no_grad():
-            audio = GriffinLim(GriffinLimConfig(phase_steps=steps))(mel.transpose(1, 2))[0]
+            audio = GriffinLim(replace(DEFAULT, phase_steps=steps))(mel.transpose(1, 2))[0]
         errors.append(float((log_mel(audio) - mel).abs().mean()))
     assert errors[0] > errors[1] > errors[2]
 

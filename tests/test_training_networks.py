@@ -36,6 +36,8 @@ from training.train_unet import (
 
 LENGTH = 16  # latent frames
 FILM = 8
+BANDS = GEOMETRY.n_mels
+PATCH = LATENT_FRAMES * BANDS
 ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
 
 
@@ -43,11 +45,13 @@ ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
 def frozen() -> Frozen:
     torch.manual_seed(0)
     songs = [song(seed) for seed in range(2)]
-    vae = PatchVAE(PatchVAEConfig(channels=6, width=16, encoder_blocks=1, decoder_blocks=1))
-    vae.set_principal_components(train_vae.batch_of_mels(songs, 4, np.random.default_rng(0)).reshape(-1, 512))
+    vae = PatchVAE(PatchVAEConfig(BANDS, channels=6, width=16, encoder_blocks=1, decoder_blocks=1))
+    vae.set_principal_components(
+        train_vae.batch_of_mels(songs, 4, np.random.default_rng(0)).reshape(-1, PATCH)
+    )
     tokenizer = make_tokenizer(songs)
     sizes = CaptionTowersConfig(
-        vocabulary=tokenizer.get_vocab_size(), embedding=FILM, text_width=8, audio_width=8, audio_blocks=1
+        tokenizer.get_vocab_size(), FILM, text_width=8, mels=BANDS, audio_width=8, audio_blocks=1
     )
     thresholds = Thresholds(((20.0, 60.0),) * 5, (2.0, 6.0))
     towers = CaptionTowers(sizes)
@@ -252,8 +256,8 @@ class Pictures(nn.Module):
 
 def test_mask_loss_by_hand() -> None:
     rng = np.random.default_rng(0)
-    mels = torch.full((1, 4, 20, GEOMETRY.n_mels), FLOOR)
-    mels[:, 0, :, :64], mels[:, 1, :, 64:] = 0.0, 0.0
+    mels = torch.full((1, 4, 20, BANDS), FLOOR)
+    mels[:, 0, :, : BANDS // 2], mels[:, 1, :, BANDS // 2 :] = 0.0, 0.0
     mixture = mix(mels, rng)
     decoder: nn.Module = Pictures()
     perfect = mask_loss(decoder, mels, mels, mixture, "cpu")
@@ -274,10 +278,10 @@ def test_the_vae_learns_to_rebuild_and_starts_as_a_principal_component_analysis(
     torch.manual_seed(0)
     songs = [song(seed) for seed in range(2)]
     rng = np.random.default_rng(0)
-    model = PatchVAE(PatchVAEConfig(channels=16, width=16, encoder_blocks=1, decoder_blocks=1))
+    model = PatchVAE(PatchVAEConfig(BANDS, channels=16, width=16, encoder_blocks=1, decoder_blocks=1))
     mels = train_vae.batch_of_mels(songs, 3, rng)
-    assert mels.shape == (15, 1, train_vae.FRAMES, GEOMETRY.n_mels)
-    patches = mels.reshape(-1, 512)
+    assert mels.shape == (15, 1, train_vae.FRAMES, BANDS)
+    patches = mels.reshape(-1, PATCH)
     model.set_principal_components(patches)
     with torch.no_grad():
         rebuilt = model.decoder(model.encoder(mels)[:, :16])
@@ -286,7 +290,7 @@ def test_the_vae_learns_to_rebuild_and_starts_as_a_principal_component_analysis(
     _, _, basis = torch.linalg.svd(x - mean, full_matrices=False)
     expected = ((x - mean) @ basis[:16].T @ basis[:16] + mean) * 2
     expected = nn.functional.softplus(expected, beta=4.0) + FLOOR
-    assert (rebuilt.reshape(-1, 512) - expected).abs().mean() < 1e-3 < (rebuilt - mels).abs().mean()
+    assert (rebuilt.reshape(-1, PATCH) - expected).abs().mean() < 1e-3 < (rebuilt - mels).abs().mean()
     value, logs = train_vae.losses(model, mels, "cpu")
     assert value.item() == pytest.approx(logs["weighted_l1"] + train_vae.KL_WEIGHT * logs["kl"], rel=1e-4)
     assert float(train_vae.reconstruction(mels, mels)) == 0
@@ -373,7 +377,7 @@ def test_the_classifier_hears_sounding_stems_whatever_their_level() -> None:
     mel, label = train_classifier._sounding([song(0)], 6, np.random.default_rng(1), True)
     assert len(mel) == len(label) <= 24 and set(label.tolist()) == {0, 1, 2, 3}
     assert (mel.amax((1, 2, 3)) > FLOOR + 4).all()
-    quarter = GEOMETRY.n_mels // len(STEMS)
+    quarter = BANDS // len(STEMS)
     loudest = mel.mean(2)[:, 0].argmax(1) // quarter
     assert torch.equal(loudest, label)
     model = train_classifier.StemClassifier().eval()
@@ -392,10 +396,8 @@ def test_statistics_are_measured_once(
     frozen.tokenizer.save(str(tmp_path / "towers" / "tokenizer.json"))
     limits = '{"brightness": [[1, 2], [1, 2], [1, 2], [1, 2], [1, 2]], "density": [3, 4]}'
     (tmp_path / "towers" / "thresholds.json").write_text(limits)
-    monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda: vae_config)
-    monkeypatch.setattr(
-        train_unet, "CaptionTowersConfig", lambda vocabulary: replace(towers_config, vocabulary=vocabulary)
-    )
+    monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda mels: replace(vae_config, mels=mels))
+    monkeypatch.setattr(train_unet, "CaptionTowersConfig", lambda **given: replace(towers_config, **given))
     monkeypatch.setattr(train_unet, "draw", lambda songs, batch, rng: draw(songs, batch, rng, frames=32))
     statistics = tmp_path / "latents.pt"
     first = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(0)])

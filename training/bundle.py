@@ -54,7 +54,9 @@ def main() -> None:
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
-    vocoder = load_ema(args.vocoder, Vocos(VocosConfig())) if args.vocoder else GriffinLim(GriffinLimConfig())
+    vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
+    if args.vocoder:
+        vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.features import mel_filterbank
+from engine.features import low_filterbank, mel_filterbank
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, QUANTUM, WINDOW
 from training.stems import STEMS
 
@@ -110,7 +110,8 @@ def _random_gains(batch: int, rng: np.random.Generator) -> torch.Tensor:
 MAGNITUDES = np.concatenate([[0], np.exp(np.arange(1, 256) * QUANTUM + FLOOR)]).astype(np.float32)
 _PHASES = np.random.default_rng(0).uniform(0, 2 * np.pi, 1 << 21)
 _COS, _SIN = torch.from_numpy(np.cos(_PHASES)).float(), torch.from_numpy(np.sin(_PHASES)).float()
-_BINS = torch.from_numpy((mel_filterbank(GEOMETRY) > 0).sum(0)).float()
+_TABLES = ([low_filterbank(GEOMETRY)] if GEOMETRY.low else []) + [mel_filterbank(GEOMETRY)]
+_BINS = torch.from_numpy(np.concatenate([(table > 0).sum(0) for table in _TABLES])).float()
 _SPREAD = 1 / (_BINS / 1.5).clamp_min(1).sqrt()
 
 

@@ -134,7 +134,8 @@ def _resume(
     state = torch.load(path, map_location=config.device, weights_only=True)
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    optimiser.load_state_dict(state["optimiser"])
+    if "optimiser" in state:  # training.from_bundle has none
+        optimiser.load_state_dict(state["optimiser"])
     return state["step"], state["spent"]
 
 

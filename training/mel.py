@@ -7,12 +7,13 @@ import math
 
 import torch
 
-from engine.features import mel_filterbank
-from engine.manifest import Mel
+from engine.features import low_filterbank, mel_filterbank
+from engine.manifest import LowBands, Mel
 
 GEOMETRY = Mel(
-    sample_rate=44100, n_fft=2048, win_length=2048, hop=512, n_mels=128, f_min=0.0, f_max=22050.0, floor=1e-4
-)
+    sample_rate=44100, n_fft=2048, win_length=2048, hop=512, n_mels=152, f_min=0.0, f_max=22050.0, floor=1e-4,
+    low=LowBands(n_fft=4096, bands=40, f_max=480.0),
+)  # fmt: skip
 LATENT_FRAMES = 4  # mel frames per latent frame
 WINDOW = 216  # latent frames, 10.03 s
 QUANTUM = 0.055  # step of log mels stored as bytes: 0 is the floor, 255 a magnitude of 123
@@ -20,24 +21,24 @@ FLOOR = math.log(GEOMETRY.floor)
 
 
 @functools.lru_cache(maxsize=4)
-def _filters(geometry: Mel) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(mel_filterbank(geometry)), torch.hann_window(geometry.win_length)
+def _filters(geometry: Mel) -> list[tuple[int, torch.Tensor]]:
+    """Length of the transform and filters, in the order of the bands."""
+    tables = [(geometry.n_fft, torch.tensor(mel_filterbank(geometry)))]
+    if geometry.low is not None:
+        tables.insert(0, (geometry.low.n_fft, torch.tensor(low_filterbank(geometry))))
+    return tables
 
 
 def log_mel(audio: torch.Tensor, geometry: Mel = GEOMETRY) -> torch.Tensor:
     """(N, samples) -> (N, samples // hop, mels), natural log of the clamped magnitude."""
-    filters, window = (table.to(audio.device) for table in _filters(geometry))
-    spectrum = torch.stft(
-        audio,
-        geometry.n_fft,
-        geometry.hop,
-        geometry.win_length,
-        window,
-        center=True,
-        pad_mode="reflect",
-        return_complex=True,
-    )
-    mel = spectrum.abs().transpose(1, 2) @ filters
+    parts = []
+    for n_fft, filters in _filters(geometry):
+        window = torch.hann_window(n_fft, device=audio.device)
+        spectrum = torch.stft(
+            audio, n_fft, geometry.hop, window=window, center=True, pad_mode="reflect", return_complex=True
+        )
+        parts.append(spectrum.abs().transpose(1, 2) @ filters.to(audio.device))
+    mel = torch.cat(parts, 2)
     return mel.clamp_min(geometry.floor).log()[:, : audio.shape[-1] // geometry.hop]
 
 

@@ -8,9 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.features import log_mel, stft
+from engine.manifest import Mel
 from training.mel import FLOOR, GEOMETRY
 
 Array = NDArray[np.floating]
+# Figures stay comparable when the model's own geometry changes.
+ONSET_MEL = Mel(
+    sample_rate=44100, n_fft=2048, win_length=2048, hop=512, n_mels=128, f_min=0.0, f_max=22050.0, floor=1e-4
+)
 FRAME_RATE = GEOMETRY.sample_rate / GEOMETRY.hop
 CHROMA_FFT, CHROMA_HOP = 8192, 4096
 MSDM_RATE, MSDM_WINDOW, MSDM_STEP = 22050, 4 * 22050, 2 * 22050
@@ -46,7 +51,7 @@ def msdm_improvements(estimates: Array, references: Array) -> list[tuple[int, fl
 
 def onset_envelope(audio: Array) -> Array:
     """(frames,) spectral flux: the mean rise of the log mels, at 86 frames a second (Boeck & Widmer 2013)."""
-    mels = np.maximum(log_mel(audio[None].astype(np.float32), GEOMETRY)[0], FLOOR + 3)
+    mels = np.maximum(log_mel(audio[None].astype(np.float32), ONSET_MEL)[0], FLOOR + 3)
     return np.maximum(0, np.diff(mels, axis=0, prepend=mels[:1])).mean(1)
 
 

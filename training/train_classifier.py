@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from export.caption_towers import AudioTower, CaptionTowersConfig
 from training.dataset import RenderedSong, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, train
-from training.mel import FLOOR
+from training.mel import FLOOR, GEOMETRY
 from training.stems import STEMS
 
-CONFIG = CaptionTowersConfig(audio_width=96, audio_blocks=2)
+CONFIG = CaptionTowersConfig(mels=GEOMETRY.n_mels, audio_width=96, audio_blocks=2)
 FRAMES = 432  # mel frames, 5 s
 
 

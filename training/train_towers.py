@@ -15,6 +15,7 @@ from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from training.captions import describe, encode, make_tokenizer, measure_thresholds
 from training.dataset import Windows, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, train
+from training.mel import GEOMETRY
 
 FRAMES = 432  # mel frames, 5 s
 CAPTIONS_PER_DRAW = 4  # drawing windows costs more than a step
@@ -44,7 +45,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(config.out / "tokenizer.json"))
     thresholds = measure_thresholds(songs)
     (config.out / "thresholds.json").write_text(json.dumps(asdict(thresholds)))
-    model = CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size()))
+    model = CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size(), mels=GEOMETRY.n_mels))
 
     def batch(windows: Windows, generator: np.random.Generator) -> tuple[torch.Tensor, ...]:
         ids, mask = encode(tokenizer, describe(windows, thresholds, generator))

@@ -30,7 +30,7 @@ from training import conditions
 from training.captions import Thresholds, describe, encode, load_thresholds
 from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mix
 from training.loop import Logs, add_arguments, load_ema, loop_config, means, train
-from training.mel import FLOOR, LATENT_FRAMES, WINDOW
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
@@ -76,9 +76,10 @@ class Batch:
 
 def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
     """Loads VAE and towers. The latents' deviation is measured on 64 windows once, kept in `statistics`."""
-    vae = load_ema(vae_run, PatchVAE(PatchVAEConfig()))
+    vae = load_ema(vae_run, PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels)))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
-    towers = load_ema(towers_run, CaptionTowers(CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size())))
+    sizes = CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size(), mels=GEOMETRY.n_mels)
+    towers = load_ema(towers_run, CaptionTowers(sizes))
     if not statistics.exists():
         mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
         with torch.no_grad():

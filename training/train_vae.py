@@ -7,14 +7,15 @@ import argparse
 import numpy as np
 import torch
 
+from engine.features import mel_edges
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from training.dataset import RenderedSong, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, train
-from training.mel import LATENT_FRAMES
+from training.mel import GEOMETRY, LATENT_FRAMES
 
 FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
 KL_WEIGHT = 5e-5
-LOW_BANDS = 48
+LOW_BANDS = int((mel_edges(GEOMETRY)[1:-1] < 1400).sum())  # where the pitch is
 
 
 def batch_of_mels(
@@ -28,8 +29,7 @@ def batch_of_mels(
 def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     """L1 of log mels. Loud bands weigh up to six times as much as those near the floor.
 
-    The lowest 48 bands (up to 1.4 kHz) weigh three times as much as the rest: they are a quarter of the
-    picture, and a bass line's pitch is nowhere else.
+    The bands up to 1.4 kHz weigh three times as much as the rest: a bass line's pitch is nowhere else.
     """
     weight = 1 + 5 * torch.sigmoid(mel + 4)
     weight = weight * (1 + 2 * (torch.arange(mel.shape[-1], device=mel.device) < LOW_BANDS))
@@ -62,7 +62,7 @@ def main() -> None:
     config = loop_config(args)
     rng = np.random.default_rng(args.seed)
     songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
-    model = PatchVAE(PatchVAEConfig())
+    model = PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels))
     patches = batch_of_mels(songs, 128, rng).reshape(-1, LATENT_FRAMES * model.config.mels)
     model.set_principal_components(patches)
     fixed = batch_of_mels(held_out, 24, np.random.default_rng(1), augment=False).to(args.device)

@@ -80,7 +80,7 @@ def main() -> None:
         sf.write(config.out / "held_out.wav", pairs, GEOMETRY.sample_rate)
         return spectral_loss(estimate, fixed)[1]
 
-    train(Vocos(VocosConfig()), loss, config, validate)
+    train(Vocos(VocosConfig(mels=GEOMETRY.n_mels)), loss, config, validate)
 
 
 if __name__ == "__main__":

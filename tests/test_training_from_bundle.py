@@ -1,0 +1,93 @@
+"""Training goes on from the bundle that ships: its weights come back, other bands are interpolated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from engine.bundle import load_bundle
+from engine.manifest import Mel
+from training import from_bundle
+from training.from_bundle import fill_in, gathered, read_towers, read_unet, read_vae, spread
+from training.mel import GEOMETRY
+from training.stems import STEMS
+
+SLANEY = Mel(
+    sample_rate=44100, n_fft=2048, win_length=2048, hop=512, n_mels=128, f_min=0.0, f_max=22050.0, floor=1e-4
+)
+
+
+@pytest.mark.parametrize("table", [spread, gathered])
+def test_equal_geometries_change_nothing(table: object) -> None:
+    assert callable(table)
+    assert torch.allclose(table(GEOMETRY, GEOMETRY), torch.eye(GEOMETRY.n_mels), atol=1e-6)
+
+
+def test_a_smooth_spectrum_survives_the_way_to_other_bands_and_back() -> None:
+    old = torch.sin(torch.linspace(0, 6, SLANEY.n_mels))
+    there = spread(SLANEY, GEOMETRY) @ old
+    assert there.shape == (GEOMETRY.n_mels,)
+    assert (gathered(SLANEY, GEOMETRY) @ there - old).abs().max() < 0.05
+    rows = gathered(SLANEY, GEOMETRY).sum(1)
+    assert torch.allclose(rows, torch.ones_like(rows))
+
+
+def test_the_unet_computes_what_the_bundles_does() -> None:
+    bundle = load_bundle()
+    unet = read_unet(bundle).eval()
+    generator = np.random.default_rng(0)
+    session = ort.InferenceSession(str(bundle.path("unet.onnx")))
+    shapes = {
+        "latents": (1, 4, 64, 24, 1),
+        "film": (1, 128),
+        "context": (1, 4, 64, 24, 1),
+        "grid": (1, 24, 6),
+    }
+    shapes |= {"context_mask": (1, 4, 24), "mixture": (1, 64, 24, 1), "mixture_mask": (1, 24)}
+    shapes |= {"mixture_stems": (1, 4), "chords": (1, 24, 25)}
+    inputs = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = session.run(None, inputs | {"timestep": np.array([300])})[0]
+    with torch.no_grad():
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        found = unet(timestep=torch.tensor([300]), **given).numpy()
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+def test_the_other_networks_take_the_bands_of_training() -> None:
+    bundle = load_bundle()
+    mel = torch.full((1, 1, 16, GEOMETRY.n_mels), -4.0)
+    with torch.no_grad():
+        vae, towers = read_vae(bundle).eval(), read_towers(bundle).eval()
+        rebuilt = vae.decoder(vae.moments(mel)[0])
+        assert rebuilt.shape == mel.shape and torch.isfinite(rebuilt).all()
+        assert towers.audio(mel).norm() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_weight_of_another_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no weight weight of shape \(2, 2\)"):
+        fill_in(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)})
+
+
+def test_the_folders_are_those_that_training_goes_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.training_songs import save, song
+
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    save(tmp_path / "data" / "train", 0, song(0))
+    runs = tmp_path / "runs"
+    command = ["from_bundle", "--data", str(tmp_path / "data"), "--runs", str(runs)]
+    monkeypatch.setattr("sys.argv", command)
+    from_bundle.main()
+    from training.train_unet import STATISTICS, freeze
+
+    frozen = freeze(runs / "vae", runs / "towers", runs / "unet" / STATISTICS, [])
+    assert frozen.scale == load_bundle().manifest.latent.scale_factor
+    assert frozen.tokenizer.encode("").ids == []
+    assert len(STEMS) == 4
+    state = torch.load(runs / "unet" / "checkpoint.pt", weights_only=True)
+    assert state["spent"] == load_bundle().manifest.provenance["training"]["unet"]["minutes"] * 60

@@ -1,0 +1,153 @@
+"""python -m training.from_bundle: a shipped bundle's weights as training folders, to train on from there.
+
+Writes vae/, towers/ and unet/ with a checkpoint each, as the training commands leave them but for the
+optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than the bundle, the
+layers that read or write bands are interpolated in frequency; the latents then stay close to those that
+the UNet knows, and a short training of the VAE makes up for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from tokenizers import Tokenizer
+from torch import nn
+
+from engine.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from engine.features import mel_edges
+from engine.manifest import Mel
+from export.caption_towers import CaptionTowers, CaptionTowersConfig
+from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.stem_unet import StemUNet, StemUNetConfig
+from training.captions import measure_thresholds
+from training.dataset import RenderedSong, draw, load_songs
+from training.mel import GEOMETRY
+from training.train_unet import STATISTICS
+
+HALVED = ".float16"  # ending of the names of weights that export/onnx_writer.py stores as float16
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every named weight of a graph of the default family, in float32."""
+    tensors = onnx.load(str(path)).graph.initializer
+    return {t.name.removesuffix(HALVED): torch.tensor(numpy_helper.to_array(t)).float() for t in tensors}
+
+
+def spread(before: Mel, after: Mel) -> torch.Tensor:
+    """(bands after, bands before): reads a spectrogram of `before` at the centres of the bands of `after`."""
+    old, new = mel_edges(before)[1:-1], mel_edges(after)[1:-1]
+    position = np.interp(new, old, np.arange(len(old)))
+    distance = np.abs(position[:, None] - np.arange(len(old)))
+    return torch.from_numpy(np.maximum(0, 1 - distance)).float()
+
+
+def gathered(before: Mel, after: Mel) -> torch.Tensor:
+    """(bands before, bands after): a band of `before` is the mean of those of `after` under its triangle."""
+    edges, centres = mel_edges(before), mel_edges(after)[1:-1]
+    rising = (centres - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - centres) / np.diff(edges)[1:, None]
+    weights = np.maximum(0, np.minimum(rising, falling))
+    empty = weights.sum(1) == 0
+    weights[empty, np.abs(centres - edges[1:-1, None]).argmin(1)[empty]] = 1
+    return torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
+
+
+def fill_in(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """`network` with these weights. Raises ValueError where one is missing or of another shape."""
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise ValueError(f"the bundle has no weight {name} of shape {tuple(tensor.shape)}")
+        state[name] = weights[name].to(tensor.dtype)
+    network.load_state_dict(state)
+    return network
+
+
+def read_vae(bundle: Bundle) -> PatchVAE:
+    """The VAE, its bands those of training/mel.py."""
+    before, after = bundle.manifest.mel, GEOMETRY
+    sizes = PatchVAEConfig(**bundle.manifest.networks["vae_encoder"])
+    encoder, decoder = (read_weights(bundle.path(f"vae_{part}.onnx")) for part in ("encoder", "decoder"))
+    reading, writing = gathered(before, after), spread(before, after)
+    for name in ("linear.weight", "inward.weight"):
+        bands = encoder[name].unflatten(1, (sizes.frames, sizes.mels))
+        encoder[name] = (bands @ reading).flatten(1)
+    for name in ("linear", "outward"):
+        bands = decoder[f"{name}.weight"].unflatten(0, (sizes.frames, sizes.mels))
+        decoder[f"{name}.weight"] = torch.einsum("nb,fbc->fnc", writing, bands).flatten(0, 1)
+        decoder[f"{name}.bias"] = (decoder[f"{name}.bias"].reshape(sizes.frames, -1) @ writing.T).flatten()
+    vae = PatchVAE(replace(sizes, mels=after.n_mels))
+    fill_in(vae.encoder, encoder)
+    fill_in(vae.decoder, decoder)
+    return vae
+
+
+def read_towers(bundle: Bundle) -> CaptionTowers:
+    """Text and audio tower; the temperature starts anew."""
+    towers = CaptionTowers(
+        replace(CaptionTowersConfig(**bundle.manifest.networks["clap_text"]), mels=GEOMETRY.n_mels)
+    )
+    fill_in(towers.text, read_weights(bundle.path("clap_text.onnx")))
+    audio = read_weights(bundle.path("clap_audio.onnx"))
+    reading = gathered(bundle.manifest.mel, GEOMETRY)
+    audio["inward.weight"] = torch.einsum("obk,bn->onk", audio["inward.weight"], reading)
+    fill_in(towers.audio, audio)
+    return towers
+
+
+def read_unet(bundle: Bundle) -> StemUNet:
+    """The UNet, which knows latents only."""
+    unet = StemUNet(StemUNetConfig(**bundle.manifest.networks["unet"]))
+    fill_in(unet, read_weights(bundle.path("unet.onnx")))
+    return unet
+
+
+def statistics(vae: PatchVAE, scale: float, songs: list[RenderedSong]) -> dict[str, object]:
+    """What training.train_unet keeps of the latents, with the scale that the UNet was trained with."""
+    mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
+    with torch.no_grad():
+        mean, _ = vae.moments(mels)
+    return {"scale": scale, "deviation": mean.std((0, 2, 3))}
+
+
+def _write(network: nn.Module, folder: Path, minutes: float, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=False)
+    weights = network.state_dict()
+    state = {"model": weights, "ema": weights, "step": step, "spent": minutes * 60}
+    torch.save(state, folder / "checkpoint.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, help=f"default: engine/{DEFAULT_BUNDLE}")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
+    parser.add_argument("--runs", type=Path, required=True, help="where vae/, towers/ and unet/ will be")
+    args = parser.parse_args()
+    bundle = load_bundle(args.bundle)
+    songs = load_songs(args.data / "train")
+    spent = bundle.manifest.provenance["training"]
+    vae, towers = read_vae(bundle), read_towers(bundle)
+    for name, network in (("vae", vae), ("towers", towers), ("unet", read_unet(bundle))):
+        _write(network, args.runs / name, spent[name]["minutes"], spent[name]["steps"])
+    tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))
+    tokenizer.no_padding()
+    tokenizer.save(str(args.runs / "towers" / "tokenizer.json"))
+    thresholds = args.runs / "towers" / "thresholds.json"
+    thresholds.write_text(json.dumps(asdict(measure_thresholds(songs))))
+    scale = bundle.manifest.latent.scale_factor
+    torch.save(statistics(vae, scale, songs), args.runs / "unet" / STATISTICS)
+    print(f"{args.runs}: {bundle.manifest.name} {bundle.manifest.version}, {GEOMETRY.n_mels} bands")
+
+
+if __name__ == "__main__":
+    main()
