@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import soundfile as sf
 import torch
 
+import bridge.demo_song
 from engine.bundle import load_bundle
 from engine.manifest import Mel
 from training import from_bundle
 from training.from_bundle import fill_in, gathered, read_towers, read_unet, read_vae, spread
-from training.mel import GEOMETRY
+from training.mel import GEOMETRY, log_mel
 from training.stems import STEMS
 
 SLANEY = Mel(
@@ -88,6 +90,24 @@ def test_the_folders_are_those_that_training_goes_on_with(
     frozen = freeze(runs / "vae", runs / "towers", runs / "unet" / STATISTICS, [])
     assert frozen.scale == load_bundle().manifest.latent.scale_factor
     assert frozen.tokenizer.encode("").ids == []
-    assert len(STEMS) == 4
     state = torch.load(runs / "unet" / "checkpoint.pt", weights_only=True)
     assert state["spent"] == load_bundle().manifest.provenance["training"]["unet"]["minutes"] * 60
+
+
+def test_other_bands_keep_the_latents_and_are_rebuilt() -> None:
+    """Against interpolation alone: nearer to the picture, and the latents still those that the UNet knows."""
+    folder = Path(bridge.demo_song.__path__[0])
+    played = [sf.read(folder / f"{stem}.flac", dtype="float32")[0] for stem in STEMS]
+    pictures = log_mel(torch.tensor(np.stack([x[: 20 * 44100] for x in played])))
+    mels = pictures[:, : pictures.shape[1] // 64 * 64].reshape(-1, 1, 64, GEOMETRY.n_mels)
+    interpolated, vae = read_vae(load_bundle()).eval(), read_vae(load_bundle()).eval()
+    from_bundle.aligned(vae, mels)
+    with torch.no_grad():
+        before, after = interpolated.moments(mels)[0], vae.moments(mels)[0]
+        errors = [
+            float((network.decoder(latents) - mels).abs().mean())
+            for network, latents in ((interpolated, before), (vae, after))
+        ]
+    left = ((after - before) ** 2).sum() / ((before - before.mean((0, 2, 3), keepdim=True)) ** 2).sum()
+    assert left < 0.25, "of the latents' variance"
+    assert errors[1] < 0.8 * errors[0]

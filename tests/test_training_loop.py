@@ -84,6 +84,17 @@ def test_resumes_step_time_weights_and_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_pictures")
+def test_weights_without_an_optimisers_state_are_warmed_up_again(tmp_path: Path) -> None:
+    model = network()
+    state = model.state_dict()
+    torch.save({"model": state, "ema": state, "step": 1000, "spent": 30.0}, tmp_path / "checkpoint.pt")
+    config = LoopConfig(tmp_path, 1.0, lr=0.1, warmup=10**6, validate_every=25)
+    trained = train(model, error, config, quiet)
+    assert checkpoint(tmp_path)["step"] == 1030
+    assert torch.allclose(trained.weight, state["weight"], atol=1e-4), "a long warm-up hardly moves them"
+
+
+@pytest.mark.usefixtures("_no_pictures")
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     steps: list[int] = []
 

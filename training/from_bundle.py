@@ -2,14 +2,15 @@
 
 Writes vae/, towers/ and unet/ with a checkpoint each, as the training commands leave them but for the
 optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than the bundle, the
-layers that read or write bands are interpolated in frequency; the latents then stay close to those that
-the UNet knows, and a short training of the VAE makes up for the rest.
+layers that read or write bands are made anew such that the latents stay close to those that the UNet knows;
+a short training of the VAE makes up for the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +32,10 @@ from training.captions import measure_thresholds
 from training.dataset import RenderedSong, draw, load_songs
 from training.mel import GEOMETRY
 from training.train_unet import STATISTICS
+from training.train_vae import batch_of_mels
 
+WEAKEST = 0.5  # singular value
+RIDGE = 10.0
 HALVED = ".float16"  # ending of the names of weights that export/onnx_writer.py stores as float16
 
 
@@ -72,7 +76,7 @@ def fill_in(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Modul
 
 
 def read_vae(bundle: Bundle) -> PatchVAE:
-    """The VAE, its bands those of training/mel.py."""
+    """The VAE, its bands interpolated to those of training/mel.py."""
     before, after = bundle.manifest.mel, GEOMETRY
     sizes = PatchVAEConfig(**bundle.manifest.networks["vae_encoder"])
     encoder, decoder = (read_weights(bundle.path(f"vae_{part}.onnx")) for part in ("encoder", "decoder"))
@@ -88,6 +92,59 @@ def read_vae(bundle: Bundle) -> PatchVAE:
     fill_in(vae.encoder, encoder)
     fill_in(vae.decoder, decoder)
     return vae
+
+
+@torch.no_grad()
+def aligned(vae: PatchVAE, mels: torch.Tensor) -> None:
+    """Lets the linear layers carry what principal components of the new bands can, on the old latents' axes.
+
+    mels (N, 1, frames, bands). An interpolated VAE neither sees nor writes what the new bands tell more. So
+    the latents become a linear map of the new principal components, the least-squares one to the old
+    latents, but none of its directions falls below WEAKEST: what the old latents did not hold goes there.
+    The decoder's linear layer inverts it; its convolutions add what is left, by ridge regression.
+    """
+    c = vae.config
+    latents = _vectors(vae.moments(mels)[0])
+    plain = PatchVAE(c)
+    plain.set_principal_components(mels.reshape(-1, c.frames * c.mels))
+    components = _vectors(plain.moments(mels)[0])
+    solution = torch.linalg.lstsq(_with_one(components), latents).solution
+    u, values, v = torch.linalg.svd(solution[:-1])
+    there, offset = u @ torch.diag(values.clamp_min(WEAKEST)) @ v, solution[-1]
+    linear = plain.encoder.linear
+    vae.encoder.linear.weight.copy_(there.T @ linear.weight)
+    vae.encoder.linear.bias.copy_(there.T @ linear.bias + offset)
+    vae.encoder.outward.weight[: c.channels] = 0
+    vae.encoder.outward.bias[: c.channels] = 0
+    back = plain.decoder.linear.weight @ torch.linalg.inv(there).T
+    vae.decoder.linear.weight.copy_(back)
+    vae.decoder.linear.bias.copy_(plain.decoder.linear.bias - back @ offset)
+    _refit(vae, mels)
+
+
+def _refit(vae: PatchVAE, mels: torch.Tensor) -> None:
+    """The decoder's last layer, so that it adds what its linear layer leaves."""
+    c, decoder = vae.config, vae.decoder
+    latents = vae.moments(mels)[0][..., 0].transpose(1, 2)
+    hidden = decoder.inward(latents)
+    for block in decoder.blocks:
+        hidden = block(hidden)
+    features = _with_one(decoder.norm(hidden).flatten(0, 1))
+    picture = ((mels - math.log(c.floor)) / c.scale).reshape(-1, c.frames * c.mels)
+    left = picture - decoder.linear(latents).flatten(0, 1)
+    ridge = features.T @ features + RIDGE * torch.eye(features.shape[1])
+    solution = torch.linalg.solve(ridge, features.T @ left)
+    decoder.outward.weight.copy_(solution[:-1].T)
+    decoder.outward.bias.copy_(solution[-1])
+
+
+def _vectors(latents: torch.Tensor) -> torch.Tensor:
+    """(N, Z, T, 1) -> (N T, Z)."""
+    return latents[..., 0].transpose(1, 2).flatten(0, 1)
+
+
+def _with_one(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, torch.ones(len(x), 1)], 1)
 
 
 def read_towers(bundle: Bundle) -> CaptionTowers:
@@ -137,6 +194,8 @@ def main() -> None:
     songs = load_songs(args.data / "train")
     spent = bundle.manifest.provenance["training"]
     vae, towers = read_vae(bundle), read_towers(bundle)
+    if bundle.manifest.mel != GEOMETRY:
+        aligned(vae, batch_of_mels(songs, 64, np.random.default_rng(0)))
     for name, network in (("vae", vae), ("towers", towers), ("unet", read_unet(bundle))):
         _write(network, args.runs / name, spent[name]["minutes"], spent[name]["steps"])
     tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))

@@ -89,13 +89,14 @@ def train(
         model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     step, spent = _resume(config, model, ema, optimiser)
+    first = 0 if optimiser.state else step  # weights without their optimiser's state are warmed up again
     begun = round(spent / 60, 2)
     bar = tqdm(total=config.minutes, initial=begun, unit="min", desc=config.out.name, mininterval=5)
     window: list[Logs] = []
     last = time.monotonic()
     next_validation = spent + config.validate_every
     while spent < config.minutes * 60:
-        rate = learning_rate(config, step, spent / (config.minutes * 60))
+        rate = learning_rate(config, step - first, spent / (config.minutes * 60))
         for group in optimiser.param_groups:
             group["lr"] = rate
         value, logs = loss(model, step)
