@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.charts import Chord, random_chart, timeline
+from training.charts import Chord, chart_of, random_chart, timeline
+from training.forms import Section, arranged, random_form
 from training.grooves import HELD_OUT, Groove, Score, play, role_of, spread
 from training.stems import STEMS
 
@@ -30,6 +31,7 @@ class Song:
     style: str  # MMA library of the rhythm section
     grooves: dict[str, str]  # stem -> groove it was taken from
     swing: bool
+    form: list[Section] = field(default_factory=list)  # empty: everybody plays from the first bar to the last
 
 
 def split_grooves(grooves: list[Groove], held_out: bool) -> list[Groove]:
@@ -79,8 +81,10 @@ def _sequence(groove: Groove, grooves: list[Groove], stem: str, rng: np.random.G
     return ",".join([groove.name, *extra])
 
 
-def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float = 60.0) -> Song:
-    """A random band over a random chart.
+def write_song(
+    grooves: list[Groove], rng: np.random.Generator, seconds: float = 60.0, forms: bool = False
+) -> Song:
+    """A random band over a random chart. forms: with sections, stems that rest in some, stops and drum fills.
 
     Raises subprocess.CalledProcessError when MMA refuses a combination, TimeoutExpired when it hangs.
     """
@@ -91,7 +95,8 @@ def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float =
     if base.beats_per_bar in (6, 12):
         bpm = float(rng.uniform(120, 240))  # MMA counts the eighths of 6/8 and 12/8 as beats
     bars = max(8, round(seconds * bpm / 60 / base.beats_per_bar / 4) * 4)
-    chart, key = random_chart(rng, bars)
+    form = random_form(rng, bars) if forms else []
+    chart, key = chart_of(form, rng) if form else random_chart(rng, bars)
     placed = spread(chart, int(base.beats_per_bar))
     matching = [g for g in grooves if g.beats_per_bar == base.beats_per_bar and g.swing == base.swing]
     notes, taken = {}, {}
@@ -107,25 +112,30 @@ def write_song(grooves: list[Groove], rng: np.random.Generator, seconds: float =
                 seed = int(rng.integers(1 << 30))
                 scores[taken[stem]] = play(taken[stem], placed, bpm, seed, Path(folder))
             notes[stem] = _humanised(folded(part_of(scores[taken[stem]], stem, bpm), stem), rng)
-    length = bars * base.beats_per_bar * 60 / bpm
+    bar = base.beats_per_bar * 60 / bpm
+    if form:
+        notes = arranged(notes, form, bar, base.beats_per_bar, base.swing, rng)
     return Song(
         notes=notes,
         bpm=bpm,
         beats_per_bar=base.beats_per_bar,
-        seconds=length,
+        seconds=bars * bar,
         chords=timeline(chart, base.beats_per_bar),
         key=key,
         style=base.library,
         grooves=taken,
         swing=base.swing,
+        form=form,
     )
 
 
-def try_song(grooves: list[Groove], rng: np.random.Generator, seconds: float = 60.0) -> Song:
+def try_song(
+    grooves: list[Groove], rng: np.random.Generator, seconds: float = 60.0, forms: bool = False
+) -> Song:
     """`write_song` until all four stems have notes; MMA refuses some combinations."""
     while True:
         try:
-            song = write_song(grooves, rng, seconds)
+            song = write_song(grooves, rng, seconds, forms)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             continue
         if all(len(song.notes[s]) >= 8 for s in STEMS):

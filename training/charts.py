@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.forms import Section
+
 PITCH_NAMES = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
 QUALITIES = {
     "": (0, 4, 7), "m": (0, 3, 7), "7": (0, 4, 7, 10), "M7": (0, 4, 7, 11), "m7": (0, 3, 7, 10),
@@ -90,6 +92,22 @@ def random_chart(rng: np.random.Generator, bars: int) -> tuple[list[list[str]], 
     while len(chart) < bars:
         chart += sections[int(rng.integers(len(sections)))]
     return chart[:bars], f"{PITCH_NAMES[tonic]} {'minor' if minor else 'major'}"
+
+
+def chart_of(form: list[Section], rng: np.random.Generator) -> tuple[list[list[str]], str]:
+    """Bars of chord symbols for a form, a progression for each kind of section, and the key's name."""
+    tonic = int(rng.integers(12))
+    minor = rng.random() < 0.35
+    sevenths = rng.random() < 0.5
+    pool = BLUES if rng.random() < 0.12 else MINOR if minor else MAJOR
+    progressions = {
+        kind: _progression(str(rng.choice(pool)), tonic, sevenths) for kind in ("verse", "chorus", "bridge")
+    }
+    chart: list[list[str]] = []
+    for section in form:
+        bars = progressions.get(section.kind, progressions["verse"])  # intro, break and outro are the verse's
+        chart += [bars[i % len(bars)] for i in range(section.bars)]
+    return chart, f"{PITCH_NAMES[tonic]} {'minor' if minor else 'major'}"
 
 
 def parse_symbol(symbol: str) -> tuple[int, tuple[int, ...]]:

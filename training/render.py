@@ -142,7 +142,8 @@ def main() -> None:
         path = args.out / f"{number:06d}"
         if not path.with_suffix(".npy").exists():
             rng = np.random.default_rng(number)
-            write(try_song(grooves, rng), pool, path, args.renders, number % 3 == 0, args.held_out, rng)
+            song = try_song(grooves, rng, forms=not args.held_out)
+            write(song, pool, path, args.renders, number % 3 == 0, args.held_out, rng)
 
 
 if __name__ == "__main__":
