@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -13,7 +14,6 @@ from engine.model import available_cores
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, memory in GiB, load averages as the measurement begins, and versions."""
     import onnxruntime
-    import torch
 
     return {
         "cpu": _cpu_name(),
@@ -21,9 +21,17 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(_memory_gib(), 1),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": _version("torch"),
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def _version(package: str) -> str:
+    """The installed version, or "not installed"; a producer's install has no torch."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_name() -> str:

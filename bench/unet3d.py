@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.machine import describe_machine
+from bench.timing import interleaved
 from export import unet3d
 from export.onnx_writer import Input, write_graph
 from export.unet3d import UNet3d, UNet3dConfig, fold_depth
@@ -85,9 +85,11 @@ def measure(width: int, frames: int, rounds: int, threads: int, variants: list[s
     steps: dict[str, Callable[[], object]] = {"torch": lambda: module(*tensors)}
     with tempfile.TemporaryDirectory() as folder:
         for variant in variants:
-            session = _session(_exported(variant, config, module, Path(folder) / f"{variant}.onnx"), threads)
+            session = _session(
+                export_variant(variant, config, module, Path(folder) / f"{variant}.onnx"), threads
+            )
             steps[variant] = lambda session=session: session.run(None, feed)  # type: ignore[misc]
-        seconds = _interleaved(steps, rounds)
+        seconds = interleaved(steps, rounds)
     medians = {name: median(row) for name, row in seconds.items()}
     return {
         "what": "one step of the 3-D UNet",
@@ -99,12 +101,16 @@ def measure(width: int, frames: int, rounds: int, threads: int, variants: list[s
         "threads": threads,
         "rounds": rounds,
         "machine": machine,
-        "seconds": {name: {"median": medians[name], "all": row} for name, row in seconds.items()},
+        "seconds": {
+            name: {"median": medians[name], "all": [round(value, 4) for value in row]}
+            for name, row in seconds.items()
+        },
         "times_faster_than_torch": {name: round(medians["torch"] / m, 2) for name, m in medians.items()},
     }
 
 
-def _exported(variant: str, config: UNet3dConfig, module: UNet3d, path: Path) -> Path:
+def export_variant(variant: str, config: UNet3dConfig, module: UNet3d, path: Path) -> Path:
+    """Writes one of VARIANTS of the module; returns its path."""
     inputs = [
         Input("latents", ("batch", config.stems, DEPTH, "time", FREQUENCY)),
         Input("timestep", ("batch",), "int64"),
@@ -135,18 +141,6 @@ def _session(path: Path, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    with torch.no_grad():
-        for number in range(rounds + 1):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                if number:  # the first round warms up
-                    seconds[name].append(round(time.perf_counter() - started, 4))
-    return seconds
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bridge import ardour_commands, session_commands
+from bridge import ardour_commands, bench_commands, session_commands
 from bridge import demo as demo_job
 from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(ardour_commands.app, name="ardour")
+app.add_typer(bench_commands.app, name="bench")
 app.add_typer(session_commands.app, name="session")
 
 logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings are said here, once
