@@ -154,11 +154,8 @@ def _draw_roofline(axes: Any, result: dict[str, Any]) -> None:
     for row in result["stages"]:
         x = row["gflop"] * 1e9 / (row["megabytes"] * 1e6)
         y = row["gflop"] / row["seconds"]
-        axes.plot(x, y, "o", markersize=8)
-        axes.annotate(
-            f"{row['stage']}, {row['times_floor']:.1f} x the floor", (x, y), xytext=(8, -4),
-            textcoords="offset points", fontsize=9,
-        )  # fmt: skip
+        axes.plot(x, y, "o", markersize=8, label=f"{row['stage']}: {row['times_floor']:.1f} times its floor")
+    axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("FLOPs per byte that has to be moved")
     axes.set_ylabel("GFLOP/s")
     axes.grid(True, which="both", alpha=0.2)
