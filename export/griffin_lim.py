@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from engine.features import low_filterbank, mel_filterbank
 from engine.manifest import LowBands, Mel
 from export.blocks import overlap_add
 
+HEADROOM = 1.25  # of half the rate at which low bands are searched for, over their highest frequency
+REACH, KAISER = 10, 7.0  # slow samples on each side that decide what lies between two, and their window
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
 OVERLAP = 4  # windows over each sample
 FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
@@ -27,6 +31,7 @@ SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs
 # A bin where the frames cancel has no phase of its own: taken at its full magnitude, rounding errors would be
 # heard. Gains end at 1 / sqrt(SOFT); the last step, which sets the levels, goes further.
 SOFT, LAST_SOFT = 0.1, 0.01
+BLOCKS = 8  # of bands: triangles reach their neighbours only, so most of a filterbank is zeros
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
 
@@ -47,7 +52,7 @@ class GriffinLimConfig:
     low_n_fft: int = 0
     low_bands: int = 0
     low_f_max: float = 0.0
-    magnitude_steps: int = 20
+    magnitude_steps: int = 10
     phase_steps: int = 4
     momentum: float = 0.99
 
@@ -140,9 +145,11 @@ class RealFFT(nn.Module):
 class GriffinLim(nn.Module):
     """mel (N, mels, frames), natural log -> audio (N, 1, frames x hop).
 
-    Low bands are searched for on their own, in every few frames, and the two signals added: neither writes
-    anything on the other's side of low_f_max.
+    Low bands are searched for on their own, in every few frames and at a fraction of the rate, and the two
+    signals added: neither writes anything on the other's side of low_f_max.
     """
+
+    kernel: torch.Tensor
 
     def __init__(self, config: GriffinLimConfig) -> None:
         super().__init__()
@@ -153,20 +160,45 @@ class GriffinLim(nn.Module):
             raise ValueError(f"low_n_fft must be a larger multiple of n_fft, not {c.low_n_fft} of {c.n_fft}")
         mel = c.geometry
         above = np.fft.rfftfreq(c.n_fft, 1 / c.sample_rate) >= c.low_f_max
-        self.search = Search(c, c.n_fft, mel_filterbank(mel) * above[:, None])
-        self.low: Search | None = None
+        self.search = Search(c, mel_filterbank(mel) * above[:, None])
         if c.low_n_fft:
+            self.rate = _times_slower(c)
             below = np.fft.rfftfreq(c.low_n_fft, 1 / c.sample_rate) < c.low_f_max
-            self.low = Search(c, c.low_n_fft, low_filterbank(mel) * below[:, None])
+            filters = (low_filterbank(mel) * below[:, None])[: c.low_n_fft // self.rate // 2 + 1]
+            # a window of so many fewer samples has magnitudes so much smaller
+            self.low = Search(c, filters * np.float32(self.rate))
+            self.register_buffer("kernel", _between_samples(self.rate))
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
         audio = self.search(mel[:, c.low_bands :])
-        if self.low is None:
+        if not c.low_n_fft:
             return audio
         every = c.low_n_fft // c.n_fft
         low = torch.cat([mel[:, : c.low_bands], *[mel[:, : c.low_bands, -1:]] * (every - 1)], -1)
-        return audio + self.low(low[..., ::every])[..., : audio.shape[-1]]
+        slow = nn.functional.pad(self.low(low[..., ::every])[:, 0], (REACH - 1, REACH))
+        count = slow.shape[-1] - 2 * REACH + 1
+        around = torch.stack([slow[:, i : i + count] for i in range(2 * REACH)], -1)
+        return audio + (around @ self.kernel).flatten(1)[:, None, : audio.shape[-1]]
+
+
+def _times_slower(config: GriffinLimConfig) -> int:
+    """By how much the low bands' rate is lower: a power of two that leaves HEADROOM over low_f_max."""
+    rate = 1
+    while config.sample_rate / (4 * rate) >= HEADROOM * config.low_f_max:
+        rate *= 2
+    return rate
+
+
+def _between_samples(rate: int) -> torch.Tensor:
+    """(2 REACH, rate) weights of the slow samples around one that make it and the `rate` - 1 after it.
+
+    A sinc in Kaiser's window (1974).
+    """
+    sample = torch.arange(rate, dtype=torch.float64) / rate
+    at = sample - torch.arange(1 - REACH, REACH + 1, dtype=torch.float64)[:, None]
+    window = torch.special.i0(KAISER * (1 - (at / REACH).square()).clamp_min(0).sqrt())
+    return (torch.sinc(at) * window / window.max()).float()
 
 
 class Search(nn.Module):
@@ -176,17 +208,17 @@ class Search(nn.Module):
     filters: (n_fft / 2 + 1, bands).
     """
 
-    filters: torch.Tensor
     order: torch.Tensor
     turn: torch.Tensor
     window: torch.Tensor
 
-    def __init__(self, config: GriffinLimConfig, n_fft: int, filters: NDArray[np.float32]) -> None:
+    def __init__(self, config: GriffinLimConfig, filters: NDArray[np.float32]) -> None:
         super().__init__()
+        n_fft = 2 * (len(filters) - 1)
         self.config, self.hop = config, n_fft // OVERLAP
         self.fft = RealFFT(n_fft)
         bins, mirrored = self.fft.places()
-        self.register_buffer("filters", torch.tensor(filters))
+        self.filters = Filters(filters)
         self.register_buffer("order", bins.flatten())
         self.register_buffer("turn", torch.where(mirrored, -2 * math.pi, 2 * math.pi))
         self.register_buffer("window", torch.hann_window(n_fft))
@@ -212,13 +244,13 @@ class Search(nn.Module):
         return audio[:, None, start : start + mel.shape[-1] * self.hop]
 
     def _magnitude(self, mel: torch.Tensor) -> torch.Tensor:
-        """(N, F, mels) -> (N, F, bins), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
-        back = self.filters.T
-        wanted = mel @ back
+        """(N, F, bands) -> (N, F, bins), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
+        wanted = self.filters.to_bins(mel)
         magnitude = wanted
         for _ in range(self.config.magnitude_steps):
-            magnitude = magnitude * wanted / (magnitude @ self.filters @ back + 1e-8)
-        return magnitude
+            found = self.filters.to_bins(self.filters.to_bands(magnitude))
+            magnitude = magnitude * wanted / (found + 1e-8)
+        return nn.functional.pad(magnitude, (0, self.fft.n_fft // 2 + 1 - magnitude.shape[-1]))
 
     def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
         """(N, F, bins) -> (N, F, a / 2 + 1, b), as RealFFT has its spectra."""
@@ -233,6 +265,40 @@ class Search(nn.Module):
         """Spectra of F frames -> (N, (F + 3) hop), the least-squares signal of the frames (Griffin and Lim
         1984, equation 6); four squared Hann windows sum to 3 / 2."""
         return overlap_add(self.fft.inverse(re, im) * (self.window / 1.5)).flatten(1)
+
+
+class Filters(nn.Module):
+    """A filterbank (bins, bands) as the few blocks of it that are not zero, without the bins above its last."""
+
+    def __init__(self, filters: NDArray[np.float32]) -> None:
+        super().__init__()
+        bins = np.flatnonzero(filters.any(1))[-1] + 1
+        groups = np.array_split(np.arange(filters.shape[1]), min(BLOCKS, filters.shape[1]))
+        self.rows = [_span(filters[:, group].any(axis=1)) for group in groups]
+        edges = [0, *(first for first, _ in self.rows[1:]), int(bins)]
+        self.columns = [_span(filters[a:b].any(axis=0)) for a, b in pairwise(edges)]
+        for i, ((first, last), group) in enumerate(zip(self.rows, groups, strict=True)):
+            self.register_buffer(f"to_bands_{i}", torch.tensor(filters[first:last, group]))
+        for i, ((first, last), (a, b)) in enumerate(zip(self.columns, pairwise(edges), strict=True)):
+            self.register_buffer(f"to_bins_{i}", torch.tensor(filters[a:b, first:last].T.copy()))
+
+    def to_bands(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """(..., bins) -> (..., bands): the product with the filterbank."""
+        return self._products(magnitude, "to_bands", self.rows)
+
+    def to_bins(self, mel: torch.Tensor) -> torch.Tensor:
+        """(..., bands) -> (..., bins): the product with its transpose."""
+        return self._products(mel, "to_bins", self.columns)
+
+    def _products(self, x: torch.Tensor, name: str, spans: list[tuple[int, int]]) -> torch.Tensor:
+        parts = [x[..., a:b] @ self.get_buffer(f"{name}_{i}") for i, (a, b) in enumerate(spans)]
+        return torch.cat(parts, -1)
+
+
+def _span(used: Any) -> tuple[int, int]:
+    """First and past-the-last index that is used; nothing used is an empty span."""
+    found = np.flatnonzero(used)
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:

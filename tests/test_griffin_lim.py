@@ -11,7 +11,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.griffin_lim import GriffinLim, GriffinLimConfig, RealFFT, first_phases
+from engine.features import mel_filterbank
+from export.griffin_lim import REACH, Filters, GriffinLim, GriffinLimConfig, RealFFT, first_phases
 from export.onnx_writer import Input, relative_error, write_graph
 from training.mel import GEOMETRY, log_mel
 
@@ -34,6 +35,28 @@ def test_the_transform_is_torchs(n_fft: int) -> None:
 def test_the_transform_needs_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of two"):
         RealFFT(1000)
+
+
+def test_blocks_of_a_filterbank_are_all_of_it() -> None:
+    table = mel_filterbank(SMALL.geometry)
+    blocks, reached = Filters(table), np.flatnonzero(table.any(axis=1))[-1] + 1
+    magnitude, mel = torch.rand(2, 5, reached), torch.rand(2, 5, 40)
+    assert torch.allclose(blocks.to_bands(magnitude), magnitude @ torch.tensor(table[:reached]), atol=1e-6)
+    assert torch.allclose(blocks.to_bins(mel), mel @ torch.tensor(table[:reached].T), atol=1e-6)
+    stored = sum(buffer.numel() for buffer in blocks.buffers())
+    assert stored < table.size, "both ways, and still less than the whole"
+
+
+def test_slow_samples_become_the_tone_they_are_of() -> None:
+    vocoder = GriffinLim(DEFAULT)
+    rate, hz = vocoder.rate, 470.0
+    time = torch.arange(200 * rate) / 44100
+    tone = torch.sin(2 * math.pi * hz * time)
+    slow = tone[::rate]
+    around = slow.unfold(0, 2 * REACH, 1) @ vocoder.kernel
+    start = (REACH - 1) * rate
+    expected = tone[start : start + around.numel()]
+    assert (around.flatten() - expected).abs().max() < 2e-3
 
 
 def test_windows_must_overlap_by_three_quarters() -> None:
