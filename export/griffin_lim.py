@@ -268,7 +268,7 @@ class Search(nn.Module):
 
 
 class Filters(nn.Module):
-    """A filterbank (bins, bands) as the few blocks of it that are not zero, without the bins above its last."""
+    """A filterbank (bins, bands) as the blocks of it that are not zero, without the bins above its last."""
 
     def __init__(self, filters: NDArray[np.float32]) -> None:
         super().__init__()
