@@ -180,6 +180,7 @@ def _write(network: nn.Module, folder: Path, minutes: float, step: int) -> None:
     weights = network.state_dict()
     state = {"model": weights, "ema": weights, "step": step, "spent": minutes * 60}
     torch.save(state, folder / "checkpoint.pt")
+    (folder / "log.jsonl").write_text(json.dumps({"step": step, "minutes": minutes}) + "\n")
 
 
 def main() -> None:
