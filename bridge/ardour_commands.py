@@ -21,7 +21,9 @@ from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
 from bridge.serve_commands import read_token
 from engine.errors import BacklineError, UsageError
+from engine.manifest import Quality
 from engine.model import Device, Model
+from engine.take import Settings
 from plugin_host.ardour import ArdourHost, State, look, untried
 from plugin_host.ardour_link import PORT, ArdourGone, link
 from plugin_host.ardour_setup import configuration, install, uninstall
@@ -47,6 +49,10 @@ DaemonPort = Annotated[
 ]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="The token that the daemon asks for.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Random if not given.")]
+QualityName = Annotated[
+    Quality | None,
+    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
+]
 Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -122,11 +128,12 @@ def fill_tracks(
     daemon: DaemonPort = None,
     token_file: TokenFile = None,
     seed: Seed = None,
+    quality: QualityName = None,
     json_output: Json = False,
 ) -> None:
     """Play the armed tracks over the selected time, or the whole session."""
     host = _open(port, config, role, free)
-    engine = _engine(model, device, daemon, token_file)
+    engine = _engine(model, device, daemon, token_file, quality)
     with progress("fill") as callback:
         placed = fill(
             host, engine, span=_span(start, end), text=text, seed=_seed(seed), callback=callback, warn=say
@@ -147,11 +154,12 @@ def split_tracks(
     daemon: DaemonPort = None,
     token_file: TokenFile = None,
     seed: Seed = None,
+    quality: QualityName = None,
     json_output: Json = False,
 ) -> None:
     """Take the selected region, or a file, apart: one new track per stem and one for the residual."""
     host = _open(port, config, None, False)
-    engine = _engine(model, device, daemon, token_file)
+    engine = _engine(model, device, daemon, token_file, quality)
     with progress("split") as callback:
         placed = split(host, engine, source, position=position, seed=_seed(seed), callback=callback)
     _report("split", placed, json_output)
@@ -175,11 +183,12 @@ def follow_ardour(
     daemon: DaemonPort = None,
     token_file: TokenFile = None,
     seed: Seed = None,
+    quality: QualityName = None,
 ) -> None:
     """Stay with Ardour: its actions fill and split; with --on-arm, arming fills. Ends with Ctrl-C."""
     link(port, config)  # what is not installed is said at once
     roles = _roles(role)
-    engine = _engine(model, device, daemon, token_file)
+    engine = _engine(model, device, daemon, token_file, quality)
     following = Following(
         find=lambda: ArdourHost.open(port, config=config, roles=roles, free=free),
         engine=engine,
@@ -203,14 +212,16 @@ def _open(port: int, config: Path | None, role: list[str] | None, free: bool) ->
     return host
 
 
-def _engine(model: str | None, device: Device, daemon: int | None, token_file: Path | None) -> Engine:
+def _engine(
+    model: str | None, device: Device, daemon: int | None, token_file: Path | None, quality: Quality | None
+) -> Engine:
     if daemon is not None:
         token = None if token_file is None else read_token(token_file)
-        return daemon_engine(daemon, token=token, warn=say)
+        return daemon_engine(daemon, token=token, quality=quality, warn=say)
     opened = Model.open(find_bundle(model), device)
     for warning in opened.warnings:
         say(warning)
-    return local_engine(opened, warn=say)
+    return local_engine(opened, Settings(quality=quality), warn=say)
 
 
 def _roles(values: Sequence[str] | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_t
 from bridge.models import describe, find_bundle, list_bundles, models_folder
 from bridge.serve_commands import send, serve
 from engine.errors import BacklineError
+from engine.manifest import Quality
 from engine.model import Device, Model
 from engine.separation import Method
 from engine.take import Settings
@@ -49,9 +50,13 @@ Seed = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same bytes; random if not given.")
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; the model's own number if not given.")
+    int | None, typer.Option("--steps", help="Denoising steps; those of --quality if not given.")
 ]
-SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="The model's own if not given.")]
+QualityName = Annotated[
+    Quality | None,
+    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
+]
+SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="That of --quality if not given.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Weight of the prompt; 1 is none.")]
 Listening = Annotated[
     float | None, typer.Option("--listening", help="Weight of what is heard, tempo and chords; 1 is none.")
@@ -120,6 +125,7 @@ def generate(
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
+    quality: QualityName = None,
     steps: Steps = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
@@ -141,7 +147,7 @@ def generate(
             chords=chords,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
-            settings=_settings(seed, steps, sampler, guidance, listening),
+            settings=_settings(seed, quality, steps, sampler, guidance, listening),
             callback=callback,
         )
     _report("generate", opened, result, json_output)
@@ -167,6 +173,7 @@ def fill(
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
+    quality: QualityName = None,
     steps: Steps = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
@@ -192,7 +199,7 @@ def fill(
             chords=chords,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
-            settings=_settings(seed, steps, sampler, guidance, listening),
+            settings=_settings(seed, quality, steps, sampler, guidance, listening),
             callback=callback,
         )
     _report("fill", opened, result, json_output)
@@ -214,6 +221,7 @@ def split(
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
+    quality: QualityName = None,
     steps: Steps = None,
     sampler: SamplerName = None,
     guidance: Guidance = None,
@@ -231,7 +239,7 @@ def split(
             method=method,
             residual=residual,
             raw=raw,
-            settings=_settings(seed, steps, sampler, guidance),
+            settings=_settings(seed, quality, steps, sampler, guidance),
             callback=callback,
         )
     _report("split", opened, result, json_output)
@@ -333,6 +341,7 @@ def _open(model: str | None, device: Device) -> Model:
 
 def _settings(
     seed: int | None,
+    quality: Quality | None,
     steps: int | None,
     sampler: str | None,
     guidance: float | None,
@@ -340,7 +349,9 @@ def _settings(
 ) -> Settings:
     if seed is None:
         seed = secrets.randbelow(1 << 31)
-    return Settings(seed=seed, steps=steps, sampler=sampler, guidance=guidance, listening=listening)
+    return Settings(
+        seed=seed, quality=quality, steps=steps, sampler=sampler, guidance=guidance, listening=listening
+    )
 
 
 def _listed(values: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from bridge.filling import Engine, Warn
 from bridge.protocol import PORT
 from engine.audio import Audio, read, write
 from engine.errors import BacklineError
+from engine.manifest import Quality
 from engine.take import Callback
 
 LOOK_SECONDS = 0.1  # between two looks at whether a job is called off
@@ -37,6 +38,7 @@ class DaemonEngine:
     capabilities: frozenset[str]
     stems: tuple[str, ...]
     warn: Warn
+    quality: Quality | None = None
 
     def fill(
         self,
@@ -54,7 +56,7 @@ class DaemonEngine:
         if other is not None and context and "mixture" not in self.capabilities:
             self.warn(f"The daemon's model hears only {', '.join(self.stems)}: it was not given the rest.")
             other = None
-        options: dict[str, Any] = {} if text is None else {"text": text}
+        options = self._options() | ({} if text is None else {"text": text})
         if bpm is not None and "grid" in self.capabilities:
             options |= {"bpm": bpm, "beats_per_bar": beats_per_bar, "first_beat": first_beat}
         with self._folder() as folder:
@@ -68,7 +70,11 @@ class DaemonEngine:
     def split(self, mix: Audio, *, seed: int = 0, callback: Callback | None = None) -> Mapping[str, Audio]:
         with self._folder() as folder:
             file = _written(folder, "mix", mix)
-            return self._made(lambda client: client.split(file, seed=seed, residual=1), callback)
+            options = self._options()
+            return self._made(lambda client: client.split(file, seed=seed, residual=1, **options), callback)
+
+    def _options(self) -> dict[str, Any]:
+        return {} if self.quality is None else {"quality": self.quality}
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -110,7 +116,9 @@ class DaemonEngine:
         return asyncio.run(make())
 
 
-def daemon_engine(port: int = PORT, *, token: str | None = None, warn: Warn | None = None) -> Engine:
+def daemon_engine(
+    port: int = PORT, *, token: str | None = None, quality: Quality | None = None, warn: Warn | None = None
+) -> Engine:
     """The daemon on this machine as an Engine. Raises BacklineError without one, or where it has no model."""
     welcome = asyncio.run(_welcome(port, token))
     words = [str(word) for word in welcome["more"]]
@@ -121,6 +129,7 @@ def daemon_engine(port: int = PORT, *, token: str | None = None, warn: Warn | No
         frozenset(word for word in words if not word.startswith(STEM)),
         tuple(word.removeprefix(STEM) for word in words if word.startswith(STEM)),
         warn or (lambda sentence: None),
+        quality,
     )
 
 

@@ -79,6 +79,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "first_beat": ("f", PLAYING),
     "takes": ("i", ALL_TASKS),
     "seed": ("i", ALL_TASKS),
+    "quality": ("s", ALL_TASKS),
     "steps": ("i", ALL_TASKS),
     "sampler": ("s", ALL_TASKS),
     "guidance": ("f", PLAYING),
@@ -147,6 +148,7 @@ CHOICES = {
     "topic": TOPICS,
     "priority": PRIORITIES,
     "method": ("mask", "dirac", "gaussian"),
+    "quality": ("draft", "normal", "best"),
 }
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 

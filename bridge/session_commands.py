@@ -16,6 +16,7 @@ from bridge.models import find_bundle
 from bridge.pictures import Row, draw
 from engine.audio import read, resample, write
 from engine.errors import BacklineError, UsageError
+from engine.manifest import Quality
 from engine.model import Device, Model
 from engine.take import Settings
 from plugin_host.exchange import export_session
@@ -47,7 +48,13 @@ At = Annotated[str, typer.Option("--at", help="Where it lies: seconds, or sample
 ModelName = Annotated[str | None, typer.Option("--model", help="A bundle, as for other commands.")]
 DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Random if not given.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's own if not given.")]
+QualityName = Annotated[
+    Quality | None,
+    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps; those of --quality if not given.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 PluginSeconds = Annotated[
     float | None,
@@ -278,6 +285,7 @@ def fill(
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
+    quality: QualityName = None,
     steps: Steps = None,
     plugin_seconds: PluginSeconds = None,
     json_output: Json = False,
@@ -288,7 +296,7 @@ def fill(
     host.warn = _telling(warnings)
     host.plugin_seconds = plugin_seconds
     span = _span(host, start, end)
-    engine = _engine(model, device, steps, host.warn)
+    engine = _engine(model, device, Settings(steps=steps, quality=quality), host.warn)
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     with progress("fill") as callback:
         placed = fill_armed(host, engine, span=span, text=text, seed=seed, callback=callback, warn=host.warn)
@@ -308,6 +316,7 @@ def split(
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
+    quality: QualityName = None,
     steps: Steps = None,
     json_output: Json = False,
 ) -> None:
@@ -323,7 +332,7 @@ def split(
         what = track.id
         span = _region_span(track, region) if region else _part(host, start, end)
     warnings: list[str] = []
-    engine = _engine(model, device, steps, _telling(warnings))
+    engine = _engine(model, device, Settings(steps=steps, quality=quality), _telling(warnings))
     with progress("split") as callback:
         placed = split_to_tracks(
             host,
@@ -522,11 +531,11 @@ def _telling(warnings: list[str]) -> Warn:
     return warn
 
 
-def _engine(model: str | None, device: Device, steps: int | None, warn: Warn) -> Engine:
+def _engine(model: str | None, device: Device, settings: Settings, warn: Warn) -> Engine:
     opened = Model.open(find_bundle(model), device)
     for warning in opened.warnings:
         warn(warning)
-    return local_engine(opened, Settings(steps=steps), warn=warn)
+    return local_engine(opened, settings, warn=warn)
 
 
 def _done(host: SessionHost, json_output: bool, sentence: str) -> None:

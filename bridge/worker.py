@@ -333,6 +333,7 @@ def _make(
 ) -> Take:
     settings = Settings(
         seed=seed,
+        quality=request.get("quality"),
         steps=request.get("steps"),
         sampler=request.get("sampler"),
         guidance=request.get("guidance"),

@@ -79,16 +79,43 @@ class Vocoder(_Part):
     trim: int = Field(ge=0, description="extra samples the graph returns at the end")
 
 
-class Sampling(_Part):
-    """Defaults that a job may override."""
+SamplerName = Literal["ddim", "dpmpp_2m", "euler"]
+Quality = Literal["draft", "normal", "best"]
+FEW_STEPS = 20  # above this, a draft is left to the solver of second order
 
-    sampler: Literal["ddim", "dpmpp_2m", "euler"] = "ddim"
+
+class Preset(_Part):
+    """How to sample for one quality."""
+
+    sampler: SamplerName
     steps: int = Field(gt=0)
+
+
+class Sampling(_Part):
+    """Defaults that a job may override. sampler and steps are those of the quality `normal`."""
+
+    sampler: SamplerName = "ddim"
+    steps: int = Field(gt=0)
+    quality: dict[Literal["draft", "best"], Preset] = Field(
+        default_factory=dict, description="from a measured curve (bench.quality_curve); see `preset`"
+    )
     eta: float = Field(default=0.0, ge=0, le=1)
     guidance: float = Field(default=1.0, ge=0, description="1.0 needs no unconditional pass")
     listening: float = Field(
         default=1.0, ge=0, description="guidance of fill by what it hears; 1.0 needs no further pass"
     )
+
+    def preset(self, quality: Quality, most: int) -> Preset:
+        """What this quality stands for. Where the bundle does not say: `draft` half as many steps, at most
+        FEW_STEPS and then by dpmpp_2m; `best` twice as many, up to the schedule's `most`."""
+        if quality == "normal":
+            return Preset(sampler=self.sampler, steps=self.steps)
+        if quality in self.quality:
+            return self.quality[quality]
+        if quality == "best":
+            return Preset(sampler=self.sampler, steps=min(most, 2 * self.steps))
+        half = max(1, self.steps // 2)
+        return Preset(sampler=self.sampler if half <= FEW_STEPS else "dpmpp_2m", steps=min(half, FEW_STEPS))
 
 
 class Clap(_Part):

@@ -43,6 +43,7 @@ EXPLAINED = 2.0
 # The posteriors pull on the sum of S stems S times as fast as on one, so a step that shrinks sigma by more
 # than 2 / S of itself overshoots: they need more steps than generating, and no extrapolation between them.
 POSTERIOR_STEPS = 64
+POSTERIOR_QUALITY = {"draft": 0.5, "normal": 1.0, "best": 2.0}  # times POSTERIOR_STEPS
 POSTERIOR_SAMPLER = "euler"
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz
 BLOCK = 1 << 21  # complex values of the masked spectrograms held at a time
@@ -205,9 +206,11 @@ def stft_size(sample_rate: int) -> int:
 
 
 def _resolve(settings: Settings, manifest: Manifest, one_look: bool) -> Settings:
-    """As engine.take.resolve, with the defaults of separation."""
+    """As engine.take.resolve, with the defaults of separation: one look is the best at any quality."""
     if settings.steps is None:
-        settings = replace(settings, steps=1 if one_look else max(manifest.sampling.steps, POSTERIOR_STEPS))
+        share = POSTERIOR_QUALITY.get(settings.quality or "normal", 1.0)
+        many = min(manifest.schedule.steps, round(share * max(manifest.sampling.steps, POSTERIOR_STEPS)))
+        settings = replace(settings, steps=1 if one_look else many)
     if settings.sampler is None and not one_look:
         settings = replace(settings, sampler=POSTERIOR_SAMPLER)
     return resolve(settings, manifest)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
 import numpy as np
 
 from engine.audio import Audio, empty
 from engine.errors import UsageError
-from engine.manifest import Manifest
+from engine.manifest import Manifest, Quality
 from engine.model import Model
 from engine.samplers import SAMPLERS
 
@@ -24,7 +24,8 @@ class Settings:
 
     seed: the same seed gives the same bytes on the same device. eta: 0 deterministic .. 1 as much fresh
     noise as the model's own process. guidance: weight of the prompt, 1 is none. listening: the same for
-    what `fill` hears. gamma: width of the Gaussian posterior in units of sigma.
+    what `fill` hears. gamma: width of the Gaussian posterior in units of sigma. quality: the bundle's steps
+    and sampler for `draft`, `normal` (if not given) or `best`; steps and sampler, where given, go before it.
     """
 
     seed: int = 0
@@ -34,6 +35,7 @@ class Settings:
     listening: float | None = None
     eta: float | None = None
     gamma: float = 1.0
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,12 @@ class Take:
 def resolve(settings: Settings, manifest: Manifest) -> Settings:
     """Every None filled in from the manifest. Raises UsageError for values out of range."""
     defaults = manifest.sampling
-    steps = defaults.steps if settings.steps is None else settings.steps
-    sampler = defaults.sampler if settings.sampler is None else settings.sampler
+    quality = settings.quality or "normal"
+    if quality not in get_args(Quality):
+        raise UsageError(f"There is no quality {quality!r}: choose {', '.join(get_args(Quality))}.")
+    preset = defaults.preset(quality, manifest.schedule.steps)
+    steps = preset.steps if settings.steps is None else settings.steps
+    sampler = preset.sampler if settings.sampler is None else settings.sampler
     guidance = defaults.guidance if settings.guidance is None else settings.guidance
     listening = defaults.listening if settings.listening is None else settings.listening
     eta = defaults.eta if settings.eta is None else settings.eta
@@ -73,7 +79,15 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
             raise UsageError(f"The {name} must be 0 or more, not {weight}.")
     if not (np.isfinite(settings.gamma) and settings.gamma > 0):
         raise UsageError(f"gamma must be above 0, not {settings.gamma}.")
-    return Settings(settings.seed, steps, sampler, guidance, listening, eta, settings.gamma)
+    return replace(
+        settings,
+        steps=steps,
+        sampler=sampler,
+        guidance=guidance,
+        listening=listening,
+        eta=eta,
+        quality=quality,
+    )
 
 
 def make_record(task: str, model: Model, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:

@@ -259,6 +259,7 @@ def use_every_option(talk: Conversation, song: Path, name: str) -> None:
         "first_beat": ("f", 0.25),
         "takes": ("i", 2),
         "seed": ("i", 7),
+        "quality": ("s", "draft"),
         "steps": ("i", 2),
         "sampler": ("s", "ddim"),
         "guidance": ("f", 2.0),
