@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from training.captions import describe, encode, make_tokenizer, measure_thresholds
 from training.dataset import Windows, draw, load_songs
-from training.loop import Logs, add_arguments, loop_config, train
+from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
 from training.mel import GEOMETRY
 
 FRAMES = 432  # mel frames, 5 s
@@ -56,7 +56,7 @@ def main() -> None:
     def loss(network: CaptionTowers, step: int) -> tuple[torch.Tensor, Logs]:
         if step % CAPTIONS_PER_DRAW == 0:
             drawn["windows"] = draw(songs, args.batch, rng, True, FRAMES)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with mixed_precision(args.device):
             value, nearest = contrastive(network, *batch(drawn["windows"], rng))
         return value, {"nearest": nearest}
 

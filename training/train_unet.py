@@ -29,7 +29,7 @@ from export.stem_unet import StemUNet, StemUNetConfig
 from training import conditions
 from training.captions import Thresholds, describe, encode, load_thresholds
 from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mix
-from training.loop import Logs, add_arguments, load_ema, loop_config, means, train
+from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
 
@@ -127,7 +127,7 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Ba
         present = torch.from_numpy(mixed[as_mixture])[:, :, None, None]
         mixture_mel[parts] = mix(torch.where(present, windows.mels[parts], torch.tensor(FLOOR)), rng)
     heard = torch.from_numpy(mixture_known)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), mixed_precision("cpu"):
         every = torch.cat([windows.mels.flatten(0, 1), mixture_mel[heard]])[:, None]
         mean, _ = frozen.vae.moments(every)
     mean = mean.float() * frozen.scale
@@ -197,7 +197,7 @@ def diffusion_loss(
     s = (1 - alphas[t]).sqrt()[:, None, None, None, None]
     noise = torch.randn_like(batch.latents)
     x = a * batch.latents + s * noise
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with mixed_precision(device):
         v = model(x, t, **batch.inputs).float()
     error = ((v - (a * noise - s * batch.latents)) ** 2 * frozen.channel_weight.to(device)).mean((2, 4))
     per_sample = (error * batch.loss_mask).sum((1, 2)) / batch.loss_mask.sum((1, 2)).clamp_min(1)
@@ -218,7 +218,7 @@ def mask_loss(
 ) -> torch.Tensor:
     """Log error-to-signal ratio of what power-ratio masks take from the mixture's mel, per sounding stem."""
     batch, stems = latents.shape[:2]
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with mixed_precision(device):
         decoded = decoder(latents.flatten(0, 1)).float()
     power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(MASK_POWER).exp()
     mask = power / power.sum(1, keepdim=True)

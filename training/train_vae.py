@@ -10,7 +10,7 @@ import torch
 from engine.features import mel_edges
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from training.dataset import RenderedSong, draw, load_songs
-from training.loop import Logs, add_arguments, loop_config, train
+from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
 from training.mel import GEOMETRY, LATENT_FRAMES
 
 FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
@@ -42,7 +42,7 @@ def losses(model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0) 
     noise: the latents get up to this deviation more, another one for each window, because those that the UNet
     writes are not exact either: a decoder that has heard only exact ones makes speckles of the difference.
     """
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with mixed_precision(device):
         mean, log_variance = model.moments(mel)
         mean, log_variance = mean.float(), log_variance.float()
         latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
