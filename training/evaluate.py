@@ -110,16 +110,20 @@ def evaluate_fill(
     return result
 
 
+def window_improvements(estimates: Array, window: Window) -> list[tuple[int, float]]:
+    """(stem, SI-SDRi) of estimated stems (S, samples) in each scored part of a window."""
+    low = [
+        resample(Audio(x.astype(np.float32), RATE), metrics.MSDM_RATE).samples
+        for x in (estimates, window.stems)
+    ]
+    return metrics.msdm_improvements(low[0], low[1])
+
+
 def score_split(separate: Separate, windows: list[Window], name: str) -> dict[str, Any]:
     """SI-SDRi of one method: per stem the mean and its 95 % interval, and the mean over stems."""
     rows: list[tuple[int, float]] = []
     for window in tqdm(windows, desc=f"split {name}", mininterval=5):
-        estimates = separate(window, Audio(window.mixture[None], RATE))
-        low = [
-            resample(Audio(x.astype(np.float32), RATE), metrics.MSDM_RATE).samples
-            for x in (estimates, window.stems)
-        ]
-        rows += metrics.msdm_improvements(low[0], low[1])
+        rows += window_improvements(separate(window, Audio(window.mixture[None], RATE)), window)
     per_stem = {s: [v for k, v in rows if k == i] for i, s in enumerate(STEMS)}
     averages = {s: float(np.mean(v)) for s, v in per_stem.items()}
     return {
@@ -219,6 +223,20 @@ def evaluate_novelty(
     familiar: held-out songs with the sounds of training. A band of known sounds is nearer to the training
     windows than one of strange sounds, whoever wrote the notes.
     """
+    known = training_bank(songs, count)
+    takes = [generate(model, seconds=FILL_SECONDS, settings=Settings(seed=500 + s)) for s in range(seeds)]
+    found = {
+        "generated": float(np.median(nearest(known, [_mono(t.mix()) for t in takes]))),
+        "held_out": float(np.median(nearest(known, [w.mixture for w in windows]))),
+        "training_windows": float(count),
+    }
+    if familiar:
+        found["held_out_familiar"] = float(np.median(nearest(known, [w.mixture for w in familiar])))
+    return found
+
+
+def training_bank(songs: list[RenderedSong], count: int) -> Array:
+    """(count, features) of random windows of training songs, their sounds drawn anew."""
     frames = round(FILL_SECONDS * metrics.FRAME_RATE)
     rng = np.random.default_rng(0)
     bank = []
@@ -229,22 +247,16 @@ def evaluate_novelty(
         stored = np.stack([song.mels[i, r, start : start + frames] for i, r in enumerate(renders)])
         power = (MAGNITUDES[stored] ** 2).sum(0)
         bank.append(0.5 * np.log(np.maximum(power, GEOMETRY.floor**2)))
-    known = _fingerprints(np.stack(bank))
+    return _fingerprints(np.stack(bank))
 
-    def nearest(signals: list[Array]) -> list[float]:
-        cut = [s[None, : frames * GEOMETRY.hop].astype(np.float32) for s in signals]
-        marks = _fingerprints(np.stack([log_mel(s, GEOMETRY)[0] for s in cut]))
-        return [float(np.sqrt(((known - m) ** 2).mean(1).min())) for m in marks]
 
-    takes = [generate(model, seconds=FILL_SECONDS, settings=Settings(seed=500 + s)) for s in range(seeds)]
-    found = {
-        "generated": float(np.median(nearest([_mono(t.mix()) for t in takes]))),
-        "held_out": float(np.median(nearest([w.mixture for w in windows]))),
-        "training_windows": float(count),
-    }
-    if familiar:
-        found["held_out_familiar"] = float(np.median(nearest([w.mixture for w in familiar])))
-    return found
+def nearest(known: Array, signals: Sequence[Array]) -> list[float]:
+    """Distance of the first FILL_SECONDS of each signal to the nearest row of a bank."""
+    samples = round(FILL_SECONDS * metrics.FRAME_RATE) * GEOMETRY.hop
+    marks = _fingerprints(
+        np.stack([log_mel(s[None, :samples].astype(np.float32), GEOMETRY)[0] for s in signals])
+    )
+    return [float(np.sqrt(((known - m) ** 2).mean(1).min())) for m in marks]
 
 
 _SPEED = """

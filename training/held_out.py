@@ -38,8 +38,8 @@ class Window:
         return self.stems.sum(0)
 
 
-def make_window(seed: int, grooves: list[Groove], sources: list[Source]) -> Window:
-    """One window of one song; all four stems sound in it. Deterministic in the seed."""
+def make_window(seed: int, grooves: list[Groove], sources: list[Source], seconds: float = SECONDS) -> Window:
+    """One window of one song; all four stems sound in its first SECONDS. Deterministic in the seed."""
     rng = np.random.default_rng(seed)
     while True:
         song = try_song(grooves, rng)
@@ -50,7 +50,8 @@ def make_window(seed: int, grooves: list[Groove], sources: list[Source]) -> Wind
         part = stems[:, round(start * RATE) : round(start * RATE) + round(SECONDS * RATE)]
         levels = np.sqrt((part.astype(np.float64) ** 2).mean(1))
         if part.shape[1] == round(SECONDS * RATE) and (levels > 1e-3).all():
-            return Window(part, song, start, seed)
+            whole = stems[:, round(start * RATE) : round(start * RATE) + round(seconds * RATE)]
+            return Window(whole, song, start, seed)
 
 
 def _draw(sources: list[Source], stem: str, rng: np.random.Generator) -> Source:

@@ -84,23 +84,32 @@ def shifted(feature: Array, seconds: float, stem: str) -> Array:
     return np.roll(feature, round(seconds * rate), axis=0)
 
 
+def wins_of_own(stems: list[Array], contexts: list[Array]) -> Array:
+    """(n, n): 1 where a stem's feature fits its own context better (row) than another (column), ties half."""
+    fit = np.array([[correlation(stem, context) for context in contexts] for stem in stems])
+    own = np.diagonal(fit)[:, None]
+    return np.where(own == fit, 0.5, (own > fit).astype(np.float64))
+
+
 def share_of_own(stems: list[Array], contexts: list[Array]) -> float:
     """Over all pairs (window, other): how often a stem's feature fits its own context better, ties half."""
-    wins = []
-    for i, j in itertools.permutations(range(len(stems)), 2):
-        difference = correlation(stems[i], contexts[i]) - correlation(stems[i], contexts[j])
-        wins.append(0.5 if difference == 0 else float(difference > 0))
-    return float(np.mean(wins))
+    others = ~np.eye(len(stems), dtype=bool)
+    return float(wins_of_own(stems, contexts)[others].mean())
+
+
+def wins_of_aligned(stems: list[Array], contexts: list[Array], beats: list[float], role: str) -> Array:
+    """(n, 3): 1 where a stem fits its context better than the same context 1, 2 and 3 beats (s) later."""
+    return np.array(
+        [
+            [float(correlation(s, c) > correlation(s, shifted(c, k * beat, role))) for k in (1, 2, 3)]
+            for s, c, beat in zip(stems, contexts, beats, strict=True)
+        ]
+    )
 
 
 def share_of_aligned(stems: list[Array], contexts: list[Array], beats: list[float], role: str) -> float:
     """How often a stem fits its context better than the same context 1, 2 and 3 beats (s) later."""
-    wins = [
-        float(correlation(s, c) > correlation(s, shifted(c, k * beat, role)))
-        for s, c, beat in zip(stems, contexts, beats, strict=True)
-        for k in (1, 2, 3)
-    ]
-    return float(np.mean(wins))
+    return float(wins_of_aligned(stems, contexts, beats, role).mean())
 
 
 def rms_db(audio: Array) -> float:
