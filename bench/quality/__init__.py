@@ -1,0 +1,1 @@
+"""How good a bundle is, on the public held-out set: `backline bench quality`."""
