@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import sessions
+from engine.batching import is_shared, run_shared, turn
 from engine.bundle import Bundle, load_bundle
 from engine.errors import BacklineError, UsageError
 from engine.manifest import Manifest
@@ -26,7 +27,7 @@ Conditions = Mapping[str, FloatArray]
 
 log = logging.getLogger("backline.engine")
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": sessions.CPU, "cuda": sessions.CUDA}
 # The UNet's inputs beside latents and timestep, by what declares them.
 CONTEXT_INPUTS = ("context", "context_mask")
 MIXTURE_INPUTS = ("mixture", "mixture_mask", "mixture_stems")
@@ -38,6 +39,7 @@ OUTPUTS = {
     "clap_text": "embedding",
     "clap_audio": "embedding",
 }
+GRAPHS = Path(__file__).parent / "graphs"  # what a bundle does not hold: the step graphs of engine.loop
 BATCH = 8  # windows or stems a graph is given at a time, so that memory stays bounded
 
 
@@ -56,7 +58,9 @@ class Model:
         self.threads = threads
         self.warnings: list[str] = []
         self.seconds_loading = 0.0
+        self.loops: dict[Any, Any] = {}  # buffers of engine.loop that wait for the next window
         self._sessions: dict[str, Any] = {}
+        self._starting = threading.RLock()  # jobs in several threads may need one at the same time
         self._tokenizer: Any = None
 
     @classmethod
@@ -80,14 +84,14 @@ class Model:
 
     @property
     def provider(self) -> str:
-        return str(self._session("unet").get_providers()[0])
+        return str(self.session("unet").get_providers()[0])
 
     def supports(self, capability: str) -> bool:
         return capability in self.manifest.capabilities
 
     def inputs(self, graph: str) -> dict[str, list[int | str | None]]:
         """Input names and shapes of a graph, as onnxruntime reports them."""
-        return {i.name: i.shape for i in self._session(graph).get_inputs()}
+        return {i.name: i.shape for i in self.session(graph).get_inputs()}
 
     def encode(self, log_mels: FloatArray) -> FloatArray:
         """(N, frames, mels) -> (N, Z, T, F), the means, scaled as the UNet sees them."""
@@ -141,43 +145,72 @@ class Model:
         """The UNet's own output (eps, v or x0), (B, S, Z, T, F)."""
         return self._bound_unet(conditions)(x, t)
 
-    def _bound_unet(self, conditions: Conditions) -> Callable[[FloatArray, int], FloatArray]:
-        import onnxruntime
+    def condition_inputs(self, conditions: Conditions, shape: tuple[int, ...]) -> dict[str, FloatArray]:
+        """The UNet's inputs beside latents (of this shape) and timestep; what is not told is unknown.
 
-        session = self._session("unet")
+        Raises BacklineError for a condition that the UNet has no input for.
+        """
         names = set(self.inputs("unet")) - {"latents", "timestep"}
         unknown = set(conditions) - names
         if unknown:
             raise BacklineError(f"The model {self.manifest.name} has no input {', '.join(sorted(unknown))}.")
+        return {name: self._condition(name, conditions, shape) for name in sorted(names)}
+
+    def device_value(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """An OrtValue on the device that the UNet runs on, not yet filled."""
+        import onnxruntime
+
         device = "cuda" if self.provider == PROVIDERS["cuda"] else "cpu"
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype.type, device, 0)
+
+    def run_options(self, *, graph: int | None = None, shrink: bool = False) -> Any:
+        """onnxruntime's options of one run, see `sessions.run_config`."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        for key, value in sessions.run_config(self.provider, graph=graph, shrink=shrink).items():
+            options.add_run_config_entry(key, value)
+        return options
+
+    def session(self, graph: str) -> Any:
+        """The InferenceSession of a graph of the bundle, or of a step graph (engine.loop); started once."""
+        with self._starting:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._start(graph)
+            return self._sessions[graph]
+
+    def _bound_unet(self, conditions: Conditions) -> Callable[[FloatArray, int], FloatArray]:
+        session = self.session("unet")
+        self.condition_inputs(conditions, (1, *self.manifest.latent_shape))  # refuses what does not fit
         binding = session.io_binding()
         bound: dict[str, Any] = {}
-        latents = np.empty(0, np.float32)
-        step = np.zeros(0, np.int64)
-        output: Any = None
+        shape: tuple[int, ...] = ()
 
         def bind(name: str, array: NDArray[Any]) -> None:
-            bound[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            bound[name] = self.device_value(array.shape, array.dtype)
+            bound[name].update_inplace(np.ascontiguousarray(array))
             binding.bind_ortvalue_input(name, bound[name])
 
         def predict(x: FloatArray, t: int) -> FloatArray:
-            nonlocal latents, step, output
-            if latents.shape != x.shape:  # the first call
-                latents, step = np.empty(x.shape, np.float32), np.zeros(x.shape[0], np.int64)
-                for name in names:
-                    bind(name, self._condition(name, conditions, x.shape))
+            nonlocal shape
+            latents = np.ascontiguousarray(x, np.float32)
+            step = np.full(x.shape[0], t, np.int64)
+            if is_shared():
+                told = self.condition_inputs(conditions, x.shape)
+                return run_shared(self._run_unet, {"latents": latents, "timestep": step, **told})
+            if shape != x.shape:  # the first call
+                shape = x.shape
+                for name, value in self.condition_inputs(conditions, shape).items():
+                    bind(name, value)
                 bind("latents", latents)
                 bind("timestep", step)
-                output = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    list(x.shape), np.float32, device, 0
-                )
-                binding.bind_ortvalue_output("prediction", output)
-            np.copyto(latents, x)
-            step[:] = t
+                bound["prediction"] = self.device_value(shape, latents.dtype)
+                binding.bind_ortvalue_output("prediction", bound["prediction"])
             bound["latents"].update_inplace(latents)
             bound["timestep"].update_inplace(step)
-            session.run_with_iobinding(binding)
-            return output.numpy()
+            with turn():
+                session.run_with_iobinding(binding, self.run_options())
+            return np.array(bound["prediction"].numpy())
 
         return predict
 
@@ -203,32 +236,29 @@ class Model:
         return np.broadcast_to(value, (batch, *value.shape[1:]))
 
     def _run(self, graph: str, **inputs: NDArray[Any]) -> FloatArray:
-        session = self._session(graph)
+        session = self.session(graph)
         feeds = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        return np.asarray(session.run([OUTPUTS[graph]], feeds)[0], np.float32)
+        with turn():
+            return np.asarray(session.run([OUTPUTS[graph]], feeds)[0], np.float32)
 
-    def _session(self, graph: str) -> Any:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._start(graph)
-        return self._sessions[graph]
+    def _run_unet(self, feeds: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """For engine.batching, which waits for the turn itself."""
+        return np.asarray(self.session("unet").run([OUTPUTS["unet"]], dict(feeds))[0], np.float32)
 
     def _start(self, graph: str) -> Any:
-        onnxruntime = _onnxruntime()
-        path = self.bundle.path(f"{graph}.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        wanted = self._wanted_provider(onnxruntime)
-        if wanted == PROVIDERS["cuda"]:
-            _preload_cuda(onnxruntime)
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=_provider_options(wanted))
-        except Exception as error:  # onnxruntime's own classes share no public base
-            raise BacklineError(f"onnxruntime cannot open {path}: {_first_line(error)}") from error
+        if graph.startswith("step"):
+            path = GRAPHS / f"{graph}.onnx"
+        else:
+            path = self.bundle.path(f"{graph}.onnx")
+        wanted = self._wanted_provider(sessions.import_onnxruntime())
+        session = sessions.start(path, sessions.options_for(graph, wanted, self.threads))
         if session.get_providers()[0] != wanted:
             self._warn("The GPU could not be used by onnxruntime: this runs on the CPU.")
-        expected = {OUTPUTS[graph]}
-        if not expected <= {output.name for output in session.get_outputs()}:
+        elif wanted == PROVIDERS["cuda"]:
+            left = sessions.left_on_cpu(sessions.nodes_by_provider(session))
+            if left:
+                self._warn(f"Parts of {graph}.onnx run on the CPU beside the GPU: {', '.join(left[:5])}.")
+        if graph in OUTPUTS and OUTPUTS[graph] not in {output.name for output in session.get_outputs()}:
             raise BacklineError(f"{path} does not fit: it has no output {OUTPUTS[graph]}.")
         return session
 
@@ -295,32 +325,6 @@ def _tiles(batch: FloatArray) -> list[FloatArray]:
     return [batch[start : start + BATCH] for start in range(0, len(batch), BATCH)]
 
 
-def _provider_options(wanted: str) -> list[Any]:
-    if wanted == PROVIDERS["cpu"]:
-        return [wanted]
-    options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
-    return [(wanted, options), PROVIDERS["cpu"]]
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BacklineError(
-            "onnxruntime is not installed: install Backline with the extra 'cpu' or 'gpu'."
-        ) from error
-    onnxruntime.set_default_logger_severity(4)  # a provider that fails to load is reported in our own words
-    return onnxruntime
-
-
-def _preload_cuda(onnxruntime: Any) -> None:
-    """CUDA's libraries where pip puts them, which the system's loader does not search."""
-    preload = getattr(onnxruntime, "preload_dlls", None)
-    if preload is not None:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RuntimeError, OSError):
-            preload()
-
-
 def _load_tokenizer(bundle: Bundle, name: str, max_tokens: int) -> Any:
     import tokenizers
 
@@ -332,7 +336,3 @@ def _load_tokenizer(bundle: Bundle, name: str, max_tokens: int) -> Any:
         raise BacklineError(f"The tokenizer of the model {bundle.manifest.name} cannot be read.") from error
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -117,6 +117,45 @@ def sample_euler(
     return clean
 
 
+def linear_steps(
+    sampler: str, schedule: Schedule, steps: int, eta: float = 0.0
+) -> tuple[list[int], NDArray[np.float64]]:
+    """The same samplers as numbers: the steps visited, and (steps, 4) coefficients of each one's update.
+
+    The next x is the sum of x, the clean prediction, the one of the step before and fresh unit noise, weighed
+    by these four. The last update gives what the sampler returns.
+    """
+    if sampler == "ddim":
+        path = [int(t) for t in timesteps(schedule, steps)[::-1]]
+        return path, np.array([_ddim_update(schedule, t, b, eta) for t, b in pairwise([*path, 0])])
+    path = [int(t) for t in karras_timesteps(schedule, steps)[::-1]]
+    rows = []
+    before = 0.0
+    for t, after in pairwise(path):
+        sigma, sigma_after = float(schedule.sigmas[t]), float(schedule.sigmas[after])
+        h = float(np.log(sigma / sigma_after))
+        if sampler == "euler":
+            fresh = eta * sigma_after * float(np.sqrt(max(0.0, 1 - (sigma_after / sigma) ** 2)))
+            down = float(np.sqrt(sigma_after**2 - fresh**2))
+            row = np.array([down / sigma / schedule.alpha(t), 1 - down / sigma, 0.0, fresh])
+        else:
+            weight, ahead = -float(np.expm1(-h)), h / (2 * before) if before else 0.0
+            row = np.array(
+                [sigma_after / sigma / schedule.alpha(t), weight * (1 + ahead), -weight * ahead, 0.0]
+            )
+            before = h
+        rows.append(schedule.alpha(after) * row)
+    return path, np.array([*rows, [0.0, 1.0, 0.0, 0.0]])
+
+
+def _ddim_update(schedule: Schedule, t: int, before: int, eta: float) -> list[float]:
+    sigma = eta * schedule.noise(before) / schedule.noise(t)
+    sigma *= float(np.sqrt(1 - schedule.alphas_cumprod[t] / schedule.alphas_cumprod[before]))
+    direction = float(np.sqrt(max(0.0, schedule.noise(before) ** 2 - sigma**2)))
+    kept = direction / schedule.noise(t)
+    return [kept, schedule.alpha(before) - kept * schedule.alpha(t), 0.0, sigma]
+
+
 SAMPLERS: dict[str, Callable[..., FloatArray]] = {
     "ddim": sample_ddim,
     "dpmpp_2m": sample_dpmpp_2m,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.audio import empty
+from engine.batching import is_shared
 from engine.denoisers import guided, inpainted
 from engine.errors import BacklineError
+from engine.loop import Held, sample_on_device
 from engine.manifest import Manifest
 from engine.model import Model
 from engine.samplers import SAMPLERS, Denoiser
@@ -82,10 +85,10 @@ def sample_timeline(
 ) -> FloatArray:
     """(S, Z, total, F) latents, scaled. `settings` must be resolved. batch: takes that are sampled together.
 
-    Windows follow one another; what a window shares with the one before is known to it, per stem and
-    frame, as `context` where the bundle declares it and by inpainting in any case. `heard` names the
-    conditions that settings.listening weighs. `wrap` puts a posterior around the denoiser of a window.
-    Each window draws its noise from the seed and its number.
+    Windows follow one another; what a window shares with the one before is known to it, per stem and frame,
+    as `context` where the bundle declares it and by inpainting in any case. `heard` names the conditions that
+    settings.listening weighs. `wrap` puts a posterior around the denoiser of a window, which is then sampled
+    in numpy; else the device does it (engine.loop). Each window draws its noise from the seed and its number.
     """
     if batch is not None and settings.seed in batch.made:
         return batch.made.pop(settings.seed)
@@ -103,21 +106,31 @@ def sample_timeline(
         given = np.repeat(given[None], len(seeds), axis=0)
         given[:, :, :, :shared] += free * timeline[:, :, :, start:done]
         mask[:, :shared] = 1
-        denoise = _window_denoiser(model, settings, given, mask, conditions(start, window), heard)
-        if wrap is not None:
-            denoise = wrap(denoise, start, window)
+        passes, guidance = _window_passes(model, settings, given, mask, conditions(start, window), heard)
         rngs = [np.random.default_rng([seed, number]) for seed in seeds]
         x = np.stack([rng.standard_normal((stems, channels, window, freq), np.float32) for rng in rngs])
-        if mask.any():
-            denoise = inpainted(denoise, given, mask[None], model.schedule, x.copy())
+        held = Held(given, mask[None], x.copy()) if mask.any() else None
 
         def step(done_steps: int, steps: int, number: int = number) -> None:
             report((number + done_steps / steps) / len(starts))
 
-        sampler = SAMPLERS[str(settings.sampler)]
-        latents = sampler(
-            denoise, x, model.schedule, steps=settings.steps, eta=settings.eta, rng=rngs[0], callback=step
-        )
+        sampling: dict[str, Any] = {
+            "steps": settings.steps,
+            "eta": settings.eta,
+            "rng": rngs[0],
+            "callback": step,
+        }
+        if wrap is None and not is_shared():
+            name = str(settings.sampler)
+            latents = sample_on_device(
+                model, x, passes, guidance=guidance, held=held, sampler=name, **sampling
+            )
+        else:
+            denoise = _denoiser(model, passes, guidance)
+            denoise = denoise if wrap is None else wrap(denoise, start, window)
+            if held is not None:
+                denoise = inpainted(denoise, held.known, held.mask, model.schedule, held.noise)
+            latents = SAMPLERS[str(settings.sampler)](denoise, x, model.schedule, **sampling)
         timeline[:, :, :, start + shared : start + window] = latents[:, :, :, shared:]
         done = start + window
     if batch is not None:
@@ -197,40 +210,48 @@ def _sound(model: Model, values: FloatArray) -> FloatArray:
     return values
 
 
-def _window_denoiser(
+def _window_passes(
     model: Model,
     settings: Settings,
     given: FloatArray,
     mask: FloatArray,
     conditions: dict[str, FloatArray],
     heard: Sequence[str],
-) -> Denoiser:
+) -> tuple[list[dict[str, FloatArray]], list[tuple[float, float]]]:
     if model.supports("context"):
         known = given * mask[:, None, :, None]
         conditions = conditions | {"context": known, "context_mask": mask[None]}
     # a prompt may change how loud a stem is, what is heard may not
     weights = [(("film",), settings.guidance, 0.0), (heard, settings.listening, 1.0)]
-    return _guided_by(
-        model,
+    return _passes(
         conditions,
-        [(names, scale, rescale) for names, scale, rescale in weights if scale not in (None, 1.0)],
+        [(names, float(scale), rescale) for names, scale, rescale in weights if scale not in (None, 1.0)],
     )
 
 
-def _guided_by(
-    model: Model,
-    conditions: dict[str, FloatArray],
-    weights: Sequence[tuple[Sequence[str], float | None, float]],
-) -> Denoiser:
+def _passes(
+    conditions: dict[str, FloatArray], weights: Sequence[tuple[Sequence[str], float, float]]
+) -> tuple[list[dict[str, FloatArray]], list[tuple[float, float]]]:
     """Guidance by one condition after another, each against the same without it.
 
-    weights: the names of the condition's inputs, and `guided`'s scale and rescale.
+    weights: the names of the condition's inputs, and `guided`'s scale and rescale. Returns the conditions of
+    each pass of the UNet, in the order of `sample_on_device`, and the scales and rescales that are left.
     """
     if not weights:
-        return model.denoiser(conditions)
+        return [conditions], []
     (names, scale, rescale), *rest = weights
-    denoise = _guided_by(model, conditions, rest)
+    told, inner = _passes(conditions, rest)
     without = {name: value for name, value in conditions.items() if name not in names}
     if len(without) == len(conditions):
-        return denoise
-    return guided(denoise, _guided_by(model, without, rest), float(scale or 0.0), rescale=rescale)
+        return told, inner
+    return told + _passes(without, rest)[0], [(scale, rescale), *inner]
+
+
+def _denoiser(
+    model: Model, passes: Sequence[dict[str, FloatArray]], guidance: Sequence[tuple[float, float]]
+) -> Denoiser:
+    denoisers = [model.denoiser(conditions) for conditions in passes]
+    for scale, rescale in reversed(guidance):
+        pairs = zip(denoisers[::2], denoisers[1::2], strict=True)
+        denoisers = [guided(told, untold, scale, rescale=rescale) for told, untold in pairs]
+    return denoisers[0]

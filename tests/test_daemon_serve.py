@@ -29,6 +29,7 @@ from bridge.logs import start_log
 from bridge.store import make_root
 from bridge.worker import Worker
 from engine import model as model_module
+from engine import windows
 from engine.model import Model
 
 Capture = pytest.CaptureFixture[str]
@@ -242,22 +243,20 @@ def own_worker(tmp_path: Path, tiny_bundle: Path) -> Iterator[Own]:
 def test_cancel_takes_effect_within_one_denoising_step(
     own_worker: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Model.denoiser
+    whole = windows.sample_on_device
     steps = 0
 
-    def counted(self: Model, conditions: Any) -> Any:
-        denoise = whole(self, conditions)
-
-        def cancelled_in_the_third(x: np.ndarray, t: int) -> np.ndarray:
+    def counted(*args: Any, callback: Any, **kwargs: Any) -> Any:
+        def cancelled_in_the_third(done: int, total: int) -> None:
             nonlocal steps
             steps += 1
             if steps == 3:
                 own_worker.worker.cancelled.add("j")
-            return denoise(x, t)
+            callback(done, total)
 
-        return cancelled_in_the_third
+        return whole(*args, callback=cancelled_in_the_third, **kwargs)
 
-    monkeypatch.setattr(Model, "denoiser", counted)
+    monkeypatch.setattr(windows, "sample_on_device", counted)
     assert own_worker(seconds=60.0, steps=200)[-1]["say"] == "cancelled"
     assert steps <= 4
     assert not (own_worker.worker.root.jobs / "j").exists()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny_bundle import STEMS, VOCODER_RATE
 
-from engine import tasks
+from engine import tasks, windows
 from engine.audio import Audio, resample
 from engine.errors import BacklineError, UsageError
 from engine.features import log_mel
 from engine.manifest import Mel
 from engine.model import Model
+from engine.samplers import linear_steps
 from engine.separation import RESIDUAL, mask_mix, masks_from_mels, stft_size
 from engine.take import Settings, Take
 
@@ -115,11 +118,14 @@ def test_raw_is_the_vocoders_audio(tiny_model: Model) -> None:
 
 def test_one_evaluation_at_the_highest_step(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    real = tiny_model.denoiser
+    real, real_loop = tiny_model.denoiser, windows.sample_on_device
 
-    def denoiser(conditions: dict[str, np.ndarray]) -> object:
+    def check(conditions: dict[str, np.ndarray]) -> None:
         assert (conditions["mixture_mask"] == 1).all()
         assert (conditions["mixture_stems"] == 1).all()
+
+    def denoiser(conditions: dict[str, np.ndarray]) -> object:
+        check(conditions)
         denoise = real(conditions)
 
         def watched(x: np.ndarray, t: int) -> np.ndarray:
@@ -128,7 +134,13 @@ def test_one_evaluation_at_the_highest_step(tiny_model: Model, monkeypatch: pyte
 
         return watched
 
+    def sample(model: Model, x: np.ndarray, passes: list[dict[str, np.ndarray]], **kwargs: Any) -> np.ndarray:
+        check(*passes)
+        steps.extend(linear_steps(kwargs["sampler"], model.schedule, kwargs["steps"])[0])
+        return real_loop(model, x, passes, **kwargs)
+
     monkeypatch.setattr(tiny_model, "denoiser", denoiser)
+    monkeypatch.setattr(windows, "sample_on_device", sample)
     take = tasks.split(tiny_model, noise(1, 30000, 16000))
     assert steps == [999]
     assert take.record["settings"]["steps"] == 1
