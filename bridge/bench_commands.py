@@ -29,6 +29,9 @@ def speed(
     full: Annotated[
         bool, typer.Option("--full", help="Also torch.compile, the reference's 3-D UNet, batches; minutes.")
     ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="With --full: the reference's 3-D UNet, too.")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for speed.json, speed.md and speed.png.")
     ] = None,
@@ -42,7 +45,13 @@ def speed(
 
     bundle = find_bundle(model)
     with progress("bench speed") as callback:
-        result = measure(Path(bundle) if bundle else None, device, full=full, report=callback)
+        result = measure(
+            Path(bundle) if bundle else None,
+            device,
+            full=full,
+            reference={} if reference else None,
+            report=callback,
+        )
     for warning in result["warnings"]:
         say(warning)
     written = report.write(result, out) if out else []
@@ -53,8 +62,8 @@ def speed(
         print(sentence)
     for title, columns, rows in report.tables(result):
         print_table(title, columns, rows)
-    for path in written:
-        print(path)
+    for sentence in [*report.remarks(result), *map(str, written)]:
+        print(sentence)
 
 
 @app.command()

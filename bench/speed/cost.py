@@ -47,8 +47,7 @@ def graph_cost(path: Path, feed: Mapping[str, NDArray[Any]]) -> Cost:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         outputs = session.run(None, dict(feed))
-        events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        nodes = profiled_nodes(session)
     moved = sum(value.nbytes for value in feed.values()) + sum(value.nbytes for value in outputs)
     return Cost(
         flops=sum(node_flops(node) for node in nodes),
@@ -107,6 +106,13 @@ FLOPS: dict[str, Callable[[list[Shape], list[Shape]], float]] = {
     "Attention": _attention,
     "MultiHeadAttention": _attention,
 }
+
+
+def profiled_nodes(session: Any) -> list[dict[str, Any]]:
+    """The nodes of a session's profile, which ends here."""
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text())
+    return [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
 
 
 def random_feed(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, NDArray[Any]]:

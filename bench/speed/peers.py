@@ -1,59 +1,26 @@
-"""Whom the engine is timed beside: the same networks in torch, eager and compiled, a UNet of diffusers."""
+"""Whom the engine's UNet step is timed beside: the same network in torch, a UNet of diffusers."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.speed.cost import Cost, graph_cost, random_feed
+from bench.speed.ceilings import Ceilings
+from bench.speed.cost import Cost
+from bench.speed.networks import torch_unet, why_not_torch
 from bench.timing import interleaved
 from engine.model import Model
 
 Feed = Mapping[str, NDArray[Any]]
 Call = Callable[[], object]
-REFERENCE_WIDTH = 48  # a quarter of the released UNet's
-REFERENCE_FRAMES = 256
-
-
-@dataclass
-class Contest:
-    """Ways to make one UNet step, and why one of those wanted is missing."""
-
-    name: str
-    calls: dict[str, Call]
-    cost: Cost
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def run(self, rounds: int) -> dict[str, Any]:
-        """Medians over interleaved rounds, and the engine's time as a multiple of each peer's."""
-        seconds = {name: median(row) for name, row in interleaved(self.calls, rounds).items()}
-        return {
-            "network": self.name,
-            "gflop": self.cost.flops / 1e9,
-            "seconds": seconds,
-            "engine_over": {
-                name: seconds["engine"] / value for name, value in seconds.items() if name != "engine"
-            },
-            "missing": self.missing,
-        }
-
-
-def why_not_torch() -> str | None:
-    """A sentence where the peers cannot run at all."""
-    absent = [name for name in ("torch", "onnx") if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"{' and '.join(absent)} not installed (the extra 'export')"
-    return None
+WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # of diffusers' UNet
+COMPILED_LIMIT = 1.2  # times torch.compile's seconds, past which a reason is wanted
 
 
 def why_not_compile() -> str | None:
@@ -61,52 +28,79 @@ def why_not_compile() -> str | None:
     return None if shutil.which("g++") else "torch.compile wants a C++ compiler (g++), and there is none"
 
 
-def default_contest(model: Model, feed: Feed, cost: Cost, compiled: bool) -> Contest:
-    """The bundle's own UNet, where it is of the default family, with its own weights."""
-    contest = Contest(model.manifest.name, {}, cost)
-    conditions = {name: value for name, value in feed.items() if name not in ("latents", "timestep")}
-    contest.calls["engine"] = _engine_call(model, feed, conditions)
-    try:
-        from training.from_bundle import read_unet
-
-        network = read_unet(model.bundle)
-    except (ImportError, KeyError, TypeError, ValueError) as error:
-        contest.missing["torch"] = f"this UNet could not be made again in torch: {error}"
-        return contest
-    _add_torch(contest, network, feed, model.threads, compiled)
-    return contest
-
-
-@contextlib.contextmanager
-def reference_contest(
-    threads: int, compiled: bool, width: int = REFERENCE_WIDTH, frames: int = REFERENCE_FRAMES
-) -> Iterator[Contest]:
-    """A 3-D UNet of the released layout with random weights, exported as a bundle holds it."""
+def session_call(model: Model, graph: str, feed: Feed, device: str) -> Call:
+    """One run of a graph in the engine's own session, its inputs and outputs left on the device."""
     import onnxruntime as ort
-    import torch
 
-    from bench.unet3d import DEPTH, FREQUENCY, export_variant
-    from export.unet3d import UNet3d, UNet3dConfig
+    session = model.session(graph)
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, device, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device, 0)
 
-    torch.manual_seed(0)
-    config = UNet3dConfig(width=width)
-    network = UNet3d(config).eval().requires_grad_(False)
-    shapes = {"latents": (1, config.stems, DEPTH, frames, FREQUENCY), "timestep": (1,)}
-    shapes["film"] = (1, config.film_dim or 0)
-    feed = random_feed(shapes)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_variant("folded", config, network, Path(folder) / "unet.onnx")
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        contest = Contest(f"3-D UNet, width {width}", {}, graph_cost(path, feed))
-        contest.calls["engine"] = lambda: session.run(None, feed)
-        _add_torch(contest, network, feed, threads, compiled)
-        yield contest
+    def call() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return call
 
 
-def diffusers_contest(threads: int, cost: Cost) -> dict[str, Any]:
-    """One step of a diffusers UNet of MusicLDM's kind, its width chosen for about as many FLOPs as ours."""
+def contest(
+    model: Model,
+    feed: Feed,
+    cost: Cost,
+    ceilings: Ceilings,
+    device: str,
+    *,
+    rounds: int,
+    limit: float,
+    compiled: bool,
+    network: Any = None,
+) -> dict[str, Any]:
+    """One UNet step in turns: the engine's session, torch eager and, if asked for, torch.compile.
+
+    network: the bundle's UNet in torch, where it need not be made again. On a GPU torch computes in float16.
+    """
+    calls = {"engine": session_call(model, "unet", feed, device)}
+    missing: dict[str, str] = {}
+    weights = "the bundle's weights"
+    try:
+        if reason := why_not_torch():
+            raise LookupError(reason)
+        if network is None:
+            network, weights = torch_unet(model.bundle)
+        calls |= _torch_calls(network, feed, device, model.threads, compiled, missing)
+    except LookupError as error:
+        missing["torch"] = str(error.args[0])
+    seconds = {name: median(row) for name, row in interleaved(calls, rounds, limit).items()}
+    floor = cost.floor(ceilings.flops, ceilings.bytes)
+    over = {name: seconds["engine"] / value for name, value in seconds.items() if name != "engine"}
+    return {
+        "network": model.manifest.name,
+        "weights_in_torch": weights,
+        "precision_of_torch": "float16" if device == "cuda" else "float32",
+        "gflop": cost.flops / 1e9,
+        "seconds": seconds,
+        "times_floor": {name: value / floor for name, value in seconds.items()},
+        "engine_over": over,
+        "missing": missing,
+        "why_slower": why_slower(over, cost),
+    }
+
+
+def why_slower(over: Mapping[str, float], cost: Cost) -> str | None:
+    """A sentence where the engine takes more than 1.2 times torch.compile's seconds."""
+    if over.get("torch.compile", 0.0) <= COMPILED_LIMIT:
+        return None
+    return (
+        f"torch.compile fuses what lies between the products: node by node the graph writes "
+        f"{cost.activations / 1e6:.0f} MB of activations, where {cost.bytes / 1e6:.0f} MB have to be moved."
+    )
+
+
+def diffusers_contest(threads: int, device: str, flops: float) -> dict[str, Any]:
+    """One step of a diffusers UNet of MusicLDM's kind, its width chosen for about as many FLOPs."""
     if importlib.util.find_spec("diffusers") is None:
         return {"missing": "diffusers is not installed (pip install diffusers)"}
     import torch
@@ -114,6 +108,7 @@ def diffusers_contest(threads: int, cost: Cost) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.set_num_threads(threads)
+    kind = torch.float16 if device == "cuda" else torch.float32
 
     def build(width: int) -> tuple[Any, dict[str, Any], float]:
         torch.manual_seed(0)
@@ -124,48 +119,69 @@ def diffusers_contest(threads: int, cost: Cost) -> dict[str, Any]:
             up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
             attention_head_dim=8, cross_attention_dim=None, class_embed_type="simple_projection",
             projection_class_embeddings_input_dim=512, class_embeddings_concat=True,
-        ).eval().requires_grad_(False)  # fmt: skip
+        ).eval().requires_grad_(False).to(device, kind)  # fmt: skip
         inputs = {
-            "sample": torch.randn(1, 8, 256, 16), "timestep": torch.tensor(500),
-            "encoder_hidden_states": None, "class_labels": torch.randn(1, 512),
+            "sample": torch.randn(1, 8, 256, 16, device=device, dtype=kind), "timestep": 500,
+            "encoder_hidden_states": None, "class_labels": torch.randn(1, 512, device=device, dtype=kind),
         }  # fmt: skip
         with FlopCounterMode(display=False) as counter:
             network(**inputs)
         return network, inputs, float(counter.get_total_flops())
 
-    network, inputs, flops = min(
-        (build(width) for width in (8, 16, 24, 32, 64)), key=lambda found: abs(np.log(found[2] / cost.flops))
-    )
-    seconds = median(interleaved({"diffusers": lambda: network(**inputs)}, 5)["diffusers"])
-    return {"seconds": seconds, "gflop": flops / 1e9, "gflop_per_second": flops / seconds / 1e9}
+    found = (build(width) for width in WIDTHS)
+    network, inputs, counted = min(found, key=lambda built: abs(np.log(built[2] / flops)))
+    call = _without_gradient(network, inputs, device)
+    seconds = median(interleaved({"diffusers": call}, 5, 20.0)["diffusers"])
+    return {"seconds": seconds, "gflop": counted / 1e9, "gflop_per_second": counted / seconds / 1e9}
 
 
-def _engine_call(model: Model, feed: Feed, conditions: Feed) -> Call:
-    denoise = model.denoiser(conditions)
-    x, t = feed["latents"], int(feed["timestep"][0])
-    return lambda: denoise(x, t)
-
-
-def _add_torch(contest: Contest, network: Any, feed: Feed, threads: int, compiled: bool) -> None:
-    """torch eager and, if asked for, compiled, on as many threads as the engine."""
+def _torch_calls(
+    network: Any, feed: Feed, device: str, threads: int, compiled: bool, missing: dict[str, str]
+) -> dict[str, Call]:
     import torch
 
     torch.set_num_threads(threads)
-    network = network.eval().requires_grad_(False)
-    given = {name: torch.from_numpy(value) for name, value in feed.items()}
-
-    def without_gradient(step: Any) -> Call:
-        def call() -> object:
-            with torch.no_grad():
-                return step(**given)
-
-        return call
-
-    contest.calls["torch"] = without_gradient(network)
+    given = {name: torch.from_numpy(value).to(device) for name, value in feed.items()}
+    network = network.eval().requires_grad_(False).to(device)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        given = {name: x.half() if x.is_floating_point() else x for name, x in given.items()}
+        network = _halved(network)
+    calls = {"torch": _without_gradient(network, given, device)}
     if not compiled:
-        return
-    reason = why_not_compile()
-    if reason:
-        contest.missing["torch.compile"] = reason
-        return
-    contest.calls["torch.compile"] = without_gradient(torch.compile(network))
+        return calls
+    if reason := why_not_compile():
+        missing["torch.compile"] = reason
+        return calls
+    call = _without_gradient(torch.compile(network), given, device)
+    try:
+        call()
+    except Exception as error:  # the compiler's own classes share no public base
+        missing["torch.compile"] = f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+        return calls
+    return calls | {"torch.compile": call}
+
+
+def _halved(network: Any) -> Any:
+    """In float16; what comes in float32, such as the time embedding, is made float16 before a product."""
+    from torch import nn
+
+    def narrow(module: Any, inputs: Any) -> Any:
+        return tuple(x.to(module.weight.dtype) for x in inputs)
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(narrow)
+    return network.half()
+
+
+def _without_gradient(step: Any, given: dict[str, Any], device: str) -> Call:
+    import torch
+
+    def call() -> None:
+        with torch.no_grad():
+            step(**given)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call

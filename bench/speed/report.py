@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = list[list[str]]
+BUSY = 0.5  # load average a core, above which figures mislead
 
 
 def stage_table(result: dict[str, Any]) -> tuple[list[str], Rows]:
@@ -35,20 +36,47 @@ def peer_table(result: dict[str, Any]) -> tuple[list[str], Rows]:
         for name, seconds in contest.get("seconds", {}).items():
             ratio = contest["engine_over"].get(name)
             cell = "" if ratio is None else f"{ratio:.2f}"
-            rows.append([contest["network"], name, f"{1000 * seconds:.1f}", cell])
-        rows += [[contest["network"], name, "", why] for name, why in contest["missing"].items()]
-        rows += _diffusers_row(contest)
-    return ["network", "by", "ms", "engine / this"], rows
+            floor = f"{contest['times_floor'][name]:.1f}"
+            rows.append([contest["network"], name, f"{1000 * seconds:.1f}", floor, cell])
+        rows += [[contest["network"], name, "", "", why] for name, why in contest["missing"].items()]
+    rows += _diffusers_row(result.get("diffusers"))
+    return ["network", "by", "ms", "times the floor", "engine / this"], rows
 
 
-def _diffusers_row(contest: dict[str, Any]) -> Rows:
-    found = contest.get("diffusers")
+def _diffusers_row(found: dict[str, Any] | None) -> Rows:
     if found is None:
         return []
     if "missing" in found:
-        return [["UNet of diffusers", "diffusers", "", found["missing"]]]
+        return [["UNet of diffusers", "diffusers", "", "", found["missing"]]]
     what = f"{found['gflop']:.1f} GFLOP at {found['gflop_per_second']:.0f} GFLOP/s"
-    return [["UNet of diffusers", "diffusers", f"{1000 * found['seconds']:.1f}", what]]
+    return [["UNet of diffusers", "diffusers", f"{1000 * found['seconds']:.1f}", "", what]]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Sentences below the tables."""
+    found = []
+    if result["machine"]["load_average"][0] > BUSY * result["machine"]["cores"]:
+        found.append(
+            "The cores were not free as this began: torch's threads wait for each other in a spin, so "
+            "its rows are far too slow, and nothing here is comparable. Run it again on a quiet machine."
+        )
+    for contest in result["unet"]:
+        if "seconds" in contest and "torch" in contest["seconds"]:
+            found.append(
+                f"{contest['network']}: torch runs {contest['weights_in_torch']} in "
+                f"{contest['precision_of_torch']}, {contest['gflop']:.1f} GFLOP a step."
+            )
+        if contest.get("why_slower"):
+            found.append(f"{contest['network']}: {contest['why_slower']}")
+    copies = result.get("copies")
+    if copies and "missing" in copies:
+        found.append(f"Copies in the sampling loop: not counted, {copies['missing']}.")
+    elif copies:
+        found.append(
+            f"Copies in the sampling loop, a step: {copies['to_device_per_step']:g} to the device, "
+            f"{copies['to_host_per_step']:g} to the host."
+        )
+    return found
 
 
 def batch_table(result: dict[str, Any]) -> tuple[list[str], Rows]:
@@ -74,7 +102,7 @@ def about(result: dict[str, Any]) -> list[str]:
         f"torch {machine['torch']}.",
         f"Ceilings: {ceilings['flops'] / 1e9:.0f} GFLOP/s ({ceilings['precision']}, {ceilings['by']}), "
         f"{ceilings['bytes'] / 1e9:.1f} GB/s. Loaded in {result['load_seconds']:.2f} s.",
-        f"10 s of all stems, {whole['steps']} steps: {whole['seconds']:.2f} s, "
+        f"{whole['window_seconds']:.2f} s of all stems, {whole['steps']} steps: {whole['seconds']:.2f} s, "
         f"real-time factor {whole['real_time_factor']:.2f}.",
     ]
 
@@ -96,6 +124,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     for title, columns, rows in tables(result):
         lines += ["", f"## {title}", "", _line(columns), "|" + "---|" * len(columns)]
         lines += [_line(row) for row in rows]
+    lines += ["", *[f"- {sentence}" for sentence in remarks(result)]]
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +169,7 @@ def _draw_window(axes: Any, result: dict[str, Any]) -> None:
         heights = [parts[stage], floors[stage]]
         axes.bar(["engine", "floor"], heights, bottom=bottom, width=0.6, label=label)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set_ylabel("seconds for a window of 10 s")
+    axes.set_ylabel(f"seconds for {result['end_to_end']['window_seconds']:.1f} s of all stems")
     axes.legend(frameon=False)
     axes.set_title("Where the time goes", fontsize=10)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,13 @@ from numpy.typing import NDArray
 
 from bench.speed.ceilings import Ceilings
 from bench.speed.cost import Cost, graph_cost, random_feed
+from bench.timing import interleaved
 from engine.manifest import Manifest
 from engine.model import Device, Model
 from engine.take import Settings
 from engine.tasks import generate
 
 Feed = dict[str, NDArray[Any]]
-SECONDS = 10.0  # of the job from end to end
 
 
 def unet_shapes(manifest: Manifest, batch: int, names: set[str]) -> dict[str, tuple[int, ...]]:
@@ -69,11 +70,13 @@ def stage_calls(model: Model) -> dict[str, Callable[[], object]]:
     }
 
 
-def stage_costs(model: Model) -> dict[str, Cost]:
-    """What each stage has to compute and move."""
+def stage_costs(
+    model: Model, stages: Sequence[str] = ("encode", "step", "decode", "vocode")
+) -> dict[str, Cost]:
+    """What these stages have to compute and move."""
+    feeds = stage_feeds(model)
     return {
-        stage: graph_cost(model.bundle.path(f"{graph}.onnx"), feed)
-        for stage, (graph, feed) in stage_feeds(model).items()
+        stage: graph_cost(model.bundle.path(f"{feeds[stage][0]}.onnx"), feeds[stage][1]) for stage in stages
     }
 
 
@@ -106,18 +109,26 @@ def load_seconds(bundle: Path | None, device: Device, threads: int) -> tuple[Mod
     return model, time.perf_counter() - started
 
 
-def end_to_end(model: Model, settings: Settings, rounds: int) -> dict[str, Any]:
-    """A band of ten seconds, from noise to audio: its real-time factor, and the parts of the last round."""
-    took = []
-    for seed in range(rounds + 1):
-        started = time.perf_counter()
-        take = generate(model, seconds=SECONDS, settings=settings)
-        if seed:
-            took.append(time.perf_counter() - started)
+def window_seconds(manifest: Manifest) -> float:
+    """Of one whole window: 10 s of the default bundle, 10.24 s of the reference."""
+    return manifest.window_samples / manifest.mel.sample_rate
+
+
+def end_to_end(model: Model, settings: Settings, rounds: int, limit: float) -> dict[str, Any]:
+    """A window of all stems, from noise to audio: its real-time factor, and the parts of the last round."""
+    length = window_seconds(model.manifest)
+    takes = []
+
+    def job() -> None:
+        takes.append(generate(model, seconds=length, settings=settings))
+
+    took = median(interleaved({"job": job}, rounds, limit)["job"])
+    record = takes[-1].record
     return {
-        "seconds": float(np.median(took)),
-        "real_time_factor": float(np.median(took)) / SECONDS,
-        "steps": take.record["settings"]["steps"],
-        "sampler": take.record["settings"]["sampler"],
-        "parts": {name: round(value, 4) for name, value in take.record["timings"].items() if name != "load"},
+        "window_seconds": length,
+        "seconds": took,
+        "real_time_factor": took / length,
+        "steps": record["settings"]["steps"],
+        "sampler": record["settings"]["sampler"],
+        "parts": {name: round(value, 4) for name, value in record["timings"].items() if name != "load"},
     }
