@@ -59,6 +59,7 @@ SILENCE = 30.0  # seconds without a sign of life from the worker before it is en
 STARTING = 120.0
 RETRIES = 3  # starts of the worker that may fail before waiting jobs are given up
 SLOWEST_RETRY = 30.0
+SIDE_BY_SIDE = 8  # jobs at work at the same time, where they are shared
 LINE = 1 << 20  # bytes the worker may say at once
 MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0  # of what is made
 
@@ -297,14 +298,14 @@ def tell_worker(daemon: Daemon, **command: Any) -> None:
 
 
 def pump(daemon: Daemon) -> None:
-    """Gives the worker what it can begin: one job, and beside a batch job one live job of the same model."""
+    """Gives the worker what it can begin, in the order of the queue; see `_may_begin`."""
     while daemon.engine.ready and not daemon.stopping:
         running = [job for job in daemon.jobs.values() if job.started and job.final is None]
         waiting = _waiting(daemon)
         if not waiting:
             return
         job = waiting[0]
-        if running and (len(running) > 1 or running[0].live or not job.live or job.model != running[0].model):
+        if not _may_begin(job, running):
             return
         job.state, job.started = "running", time.monotonic()
         tell_worker(
@@ -322,6 +323,17 @@ def pump(daemon: Daemon) -> None:
         )
         event("running", job=job.row.id)
         _changed(daemon, job)
+
+
+def _may_begin(job: Job, running: list[Job]) -> bool:
+    """One job at a time, but beside others of its model: one live job, and shared jobs beside shared ones."""
+    if any(other.model != job.model for other in running):
+        return False
+    if job.live:
+        return not any(other.live for other in running)
+    batch = [other for other in running if not other.live]
+    together = bool(job.request.get("shared")) and all(other.request.get("shared") for other in batch)
+    return not running or (together and len(running) < SIDE_BY_SIDE)
 
 
 async def keep_worker(daemon: Daemon) -> None:

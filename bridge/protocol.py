@@ -91,6 +91,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "raw": ("i", ("split",)),
     "model": ("s", ALL_TASKS),
     "priority": ("s", ALL_TASKS),
+    "shared": ("i", ALL_TASKS),
     "timeout": ("f", ALL_TASKS),
 }
 PATHS = ("folder", "mix", "source", "audio", "other", "stem:")  # arguments and options that are file names
@@ -137,6 +138,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "armed": (0, 1),
     "muted": (0, 1),
     "residual": (0, 1),
+    "shared": (0, 1),
     "raw": (0, 1),
     "offset": (0, 2**31 - 1),
     "count": (1, 64),

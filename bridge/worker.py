@@ -31,6 +31,7 @@ import engine.model
 from bridge.jobs import find_stems
 from bridge.store import JOB, Root, sync_folder
 from engine.audio import Audio, read, write
+from engine.batching import Line, as_job, give_way
 from engine.bundle import file_sha256
 from engine.errors import BacklineError, Cancelled, UsageError
 from engine.model import Device, Model
@@ -54,7 +55,10 @@ NO_MEMORY = (
 
 @dataclass
 class Worker:
-    """What the threads share. waiting: jobs and commands in order. live: jobs that a batch job lets pass."""
+    """What the threads share. waiting: jobs and commands in order. line: whose run of a network is next.
+
+    A batch job runs in the main thread; live and shared ones run beside it, each in a thread of `beside`.
+    """
 
     root: Root
     folders: list[Path]
@@ -63,7 +67,9 @@ class Worker:
     out: TextIO
     lock: threading.Lock = field(default_factory=threading.Lock)
     waiting: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)
-    live: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)
+    line: Line = field(default_factory=Line)
+    beside: list[threading.Thread] = field(default_factory=list)
+    opening: threading.Lock = field(default_factory=threading.Lock)
     cancelled: set[str] = field(default_factory=set)
     model: Model | None = None
     model_path: str | None = None
@@ -109,12 +115,17 @@ def _listen(worker: Worker) -> None:
         command = json.loads(line)
         if command["do"] == "cancel":
             worker.cancelled.add(command["id"])
-        elif command["do"] == "job" and command["live"]:
-            worker.live.put(command)
-            worker.waiting.put({"do": "live"})
+        elif command["do"] == "job" and (command["live"] or command["request"].get("shared")):
+            _run_beside(worker, command)
         else:
             worker.waiting.put(command)
     os._exit(0)
+
+
+def _run_beside(worker: Worker, job: dict[str, Any]) -> None:
+    thread = threading.Thread(target=_run, args=(worker, job), daemon=True)
+    worker.beside = [*(other for other in worker.beside if other.is_alive()), thread]
+    thread.start()
 
 
 def _beat(worker: Worker) -> None:
@@ -142,12 +153,12 @@ def _say(worker: Worker, **message: Any) -> None:
 
 
 def _obey(worker: Worker, command: dict[str, Any]) -> None:
-    if command["do"] == "live":
-        with contextlib.suppress(queue.Empty):  # a batch job may have let it pass already
-            _run(worker, worker.live.get_nowait(), live=True)
-    elif command["do"] == "job":
-        _run(worker, command, live=False)
-    elif command["do"] == "load":
+    if command["do"] == "job":
+        _run(worker, command)
+        return
+    for thread in worker.beside:  # there may be room for one model only
+        thread.join()
+    if command["do"] == "load":
         _load(worker, command["path"])
     else:
         worker.model = worker.model_path = None
@@ -181,34 +192,40 @@ def _say_model(worker: Worker) -> None:
 
 
 def _model(worker: Worker, path: str | None) -> Model:
-    if worker.model is not None and worker.model_path == path:
-        return worker.model
-    worker.model = None  # before the next one is opened: there may be room for one only
-    gc.collect()
-    worker.model = Model.open(path, worker.device, worker.threads)
-    worker.model_path = path
-    _say_model(worker)
-    return worker.model
+    with worker.opening:
+        if worker.model is not None and worker.model_path == path:
+            return worker.model
+        worker.model = None  # before the next one is opened: there may be room for one only
+        gc.collect()
+        model = worker.model = Model.open(path, worker.device, worker.threads)
+        worker.model_path = path
+        _say_model(worker)
+        return model
 
 
-def _run(worker: Worker, job: dict[str, Any], live: bool) -> None:
+def _run(worker: Worker, job: dict[str, Any]) -> None:
     """Does a job to its end and says how it ended: exactly one of done, failed, cancelled."""
-    ending = _ending(worker, job, live)
+    shared = bool(job["request"].get("shared"))
+    with as_job(worker.line, live=job["live"], shared=shared, check=partial(_check, worker, job["id"])):
+        ending = _ending(worker, job)
     worker.cancelled.discard(job["id"])
     _say(worker, id=job["id"], **ending)
 
 
-def _ending(worker: Worker, job: dict[str, Any], live: bool) -> dict[str, Any]:
+def _check(worker: Worker, job_id: str) -> None:
+    if job_id in worker.cancelled:
+        raise Cancelled("The job was cancelled.")
+
+
+def _ending(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
     """Does a job to its end; nothing half made is left when this returns what is to be said of it."""
     job_id = job["id"]
     work = worker.root.work / f"{job_id}.{secrets.token_hex(4)}"
     try:
-        if job_id in worker.cancelled:
-            raise Cancelled("The job was cancelled.")
+        _check(worker, job_id)
         work.mkdir(mode=0o700)
-        facts = _work(worker, job, work, _callback(worker, job_id, live))
-        if job_id in worker.cancelled:
-            raise Cancelled("The job was cancelled.")
+        facts = _work(worker, job, work, _callback(worker, job_id))
+        _check(worker, job_id)
         work.rename(worker.root.jobs / job_id)
         with contextlib.suppress(OSError):  # it is there now, whatever the disk says
             sync_folder(worker.root.jobs)
@@ -226,24 +243,18 @@ def _ending(worker: Worker, job: dict[str, Any], live: bool) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _callback(worker: Worker, job_id: str, live: bool) -> Callback:
-    """Reports progress, raises Cancelled, and, in a batch job, lets live jobs pass."""
+def _callback(worker: Worker, job_id: str) -> Callback:
+    """Reports progress, raises Cancelled, and, in a batch job, waits while a live one is at work."""
     last = 0.0
 
     def callback(phase: str, fraction: float) -> None:
         nonlocal last
-        if job_id in worker.cancelled:
-            raise Cancelled("The job was cancelled.")
+        _check(worker, job_id)
         now = time.monotonic()
         if now - last >= PROGRESS:
             last = now
             _say(worker, say="progress", id=job_id, phase=phase, fraction=round(fraction, 4))
-        while not live:
-            try:
-                passing = worker.live.get_nowait()
-            except queue.Empty:
-                return
-            _run(worker, passing, live=True)
+        give_way()
 
     return callback
 

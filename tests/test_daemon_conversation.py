@@ -271,6 +271,7 @@ def use_every_option(talk: Conversation, song: Path, name: str) -> None:
         "raw": ("i", 0),
         "model": ("s", ""),
         "priority": ("s", "live"),
+        "shared": ("i", 1),
         "timeout": ("f", 60.0),
     }
     assert set(values) == set(OPTIONS)

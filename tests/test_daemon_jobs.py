@@ -254,6 +254,30 @@ def test_live_jobs_pass_a_running_batch_job_which_then_goes_on(talk: Talk) -> No
     assert talk.end_of("waits") == "done"
 
 
+def test_a_batch_job_can_be_cancelled_while_a_live_one_runs(talk: Talk) -> None:
+    long(talk, "below")
+    long(talk, "above", "priority", "live")
+    started = time.monotonic()
+    cancel(talk, "below")
+    assert time.monotonic() - started < 2
+    cancel(talk, "above")
+
+
+def test_shared_jobs_run_side_by_side_and_have_their_own_bytes(talk: Talk) -> None:
+    def sums(name: str) -> dict[str, bytes]:
+        return {stem: path.read_bytes() for stem, path in take_of(talk, name).items()}
+
+    for name in ("one", "two"):
+        talk.ask("/backline/job/generate", name, 8.0, "shared", 1, "seed", 3, "steps", 300, answer=ACCEPTED)
+    talk.until("/backline/job/progress", id="one")
+    talk.until("/backline/job/progress", id="two")
+    assert talk.ask("/backline/job/status", "one", answer=STATE)["state"] == "running"
+    assert talk.end_of("one") == "done"
+    if not any(a == "/backline/job/done" and v["id"] == "two" for a, v in talk.heard):
+        assert talk.end_of("two") == "done"
+    assert sums("one") == sums("two")
+
+
 def test_a_time_out_ends_a_job(talk: Talk) -> None:
     long(talk, "slow", "timeout", 1.0)
     assert talk.end_of("slow") == "error"

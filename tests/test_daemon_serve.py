@@ -228,7 +228,7 @@ class Own:
         self.said.truncate()
         job = {"id": "j", "task": "generate", "live": False, "model": str(self.bundle), "asked": "{}"}
         job |= {"client": "me", "accepted": 0.0, "backline": "0", "request": {"seed": 1} | request}
-        worker_module._run(self.worker, job, live=False)
+        worker_module._run(self.worker, job)
         shutil.rmtree(self.worker.root.jobs / "j", ignore_errors=True)
         return [json.loads(line) for line in self.said.getvalue().splitlines()]
 
