@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.quality.figures import Figure, Tick, bootstrap, missing, of_means
+from bench.quality.figures import Chosen, Figure, Tick, bootstrap, missing, of_means
 from bench.quality.pitch import beat_one, chord_at
 from bench.quality.playing import BASS_BAR, BEAT_BAR, heard_f1
 from bench.quality.rhythm import fitted_tempo, folded_error
 from bench.quality.windows import TEMPO_SECONDS, Held
-from engine.audio import Audio
+from engine.audio import Audio, resample
 from engine.conditions import prompt_film
 from engine.harmony import UNPITCHED, heard_chords
 from engine.listening import model_signal
@@ -94,8 +94,6 @@ def _band(model: Model, held: Held) -> Band:
 
 
 def _at_rate(take: Take, stems: list[str]) -> Array:
-    from engine.audio import resample
-
     rate = take.stems[stems[0]].sample_rate
     total = np.sum([take.stems[stem].samples[0] for stem in stems], axis=0).astype(np.float32)
     return resample(Audio(total[None], rate), RATE).samples[0]
@@ -246,7 +244,7 @@ def _novelty(bands: list[Band], data: Path | None) -> Figure:
     made = np.array(nearest(known, [band.mix for band in bands]))
     held = np.array(nearest(known, [band.held.window.mixture for band in bands]))
 
-    def ratio(chosen: Array) -> float:
+    def ratio(chosen: Chosen) -> float:
         return float(np.median(made[chosen]) / np.median(held[chosen]))
 
     everyone = np.arange(len(bands))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.metrics import Array
 
+Chosen = NDArray[np.integer]  # numbers of windows
 ROUNDS = 1000  # of the bootstrap
 Tick = Callable[[float], None]  # fraction of a part; raises to cancel
 
@@ -47,13 +49,8 @@ class Figure:
         return asdict(self) | {"met": self.met}
 
 
-def mean(values: Sequence[float] | Array) -> float:
-    """The mean, without what could not be scored (NaN)."""
-    return float(np.nanmean(np.asarray(values, np.float64)))
-
-
 def bootstrap(
-    statistic: Callable[[Array], float], n: int, rounds: int = ROUNDS, seed: int = 0
+    statistic: Callable[[Chosen], float], n: int, rounds: int = ROUNDS, seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of a statistic of window numbers (n,), drawn with replacement (Efron 1979)."""
     rng = np.random.default_rng(seed)

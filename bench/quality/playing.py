@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.quality.figures import Figure, Tick, bootstrap, missing, of_means
+from bench.quality.figures import Chosen, Figure, Tick, bootstrap, missing, of_means
 from bench.quality.pitch import beat_one
 from bench.quality.rhythm import beat_f1, fitted_tempo, nearest_octave, tracked_beats
 from engine.audio import Audio
@@ -114,13 +115,13 @@ def _shares(parts: list[Part], windows: list[Window]) -> list[Figure]:
     return figures + _relative("not beat-shifted, of the true stem's", aligned, _rows_of, ALIGNED_BAR)
 
 
-def _off_diagonal(wins: Array, chosen: Array) -> float:
+def _off_diagonal(wins: Array, chosen: Chosen) -> float:
     """Share of won pairs among the chosen windows; a window is not compared with itself."""
     apart = chosen[:, None] != chosen[None, :]
     return float(wins[np.ix_(chosen, chosen)][apart].mean()) if apart.any() else np.nan
 
 
-def _rows_of(wins: Array, chosen: Array) -> float:
+def _rows_of(wins: Array, chosen: Chosen) -> float:
     return float(wins[chosen].mean())
 
 
@@ -128,14 +129,14 @@ def _relative(name: str, wins: dict[str, dict[str, Array]], share: Any, bar: flo
     n = len(next(iter(wins.values()))["true"])
     everyone = np.arange(n)
 
-    def ratio(kind: str, stems: tuple[str, ...], chosen: Array) -> float:
+    def ratio(kind: str, stems: tuple[str, ...], chosen: Chosen) -> float:
         return float(
             np.mean([share(wins[s][kind], chosen) / max(share(wins[s]["true"], chosen), 1e-9) for s in stems])
         )
 
     figures = []
     for label, stems in {"mean": STEMS, **{stem: (stem,) for stem in STEMS}}.items():
-        interval = bootstrap(lambda chosen, stems=stems: ratio("generated", stems, chosen), n)  # type: ignore[misc]
+        interval = bootstrap(partial(ratio, "generated", stems), n)
         true = float(np.mean([share(wins[s]["true"], everyone) for s in stems]))
         figures.append(
             Figure(

@@ -119,8 +119,8 @@ def _tick(report: Say, part: str, start: float) -> Tick:
 
 def _fingerprint(model: Model, options: Options) -> str:
     """Of all that decides the figures: a part that was measured otherwise is not gone on from."""
-    told = (model.manifest.model_dump_json(), options.windows)
-    told += tuple(str(path) for path in (options.classifier, options.data, options.htdemucs))
+    paths = [str(path) for path in (options.classifier, options.data, options.htdemucs)]
+    told = [model.manifest.model_dump_json(), str(options.windows), *paths]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

@@ -84,13 +84,10 @@ def _masked(model: Model, mix: Audio, stems: Array) -> Array:
 
 def _rows(gains: dict[str, Array]) -> list[Figure]:
     """A line for the mean over stems and one for each stem."""
-    columns = {
-        "mean": lambda rows: np.nanmean(rows, 1),
-        **{stem: (lambda rows, i=i: rows[:, i]) for i, stem in enumerate(STEMS)},
-    }
     figures = []
-    for name, column in columns.items():
-        values = {kind: column(rows) for kind, rows in gains.items()}
+    for name in ("mean", *STEMS):
+        chosen = range(len(STEMS)) if name == "mean" else [STEMS.index(name)]
+        values = {kind: np.nanmean(rows[:, list(chosen)], 1) for kind, rows in gains.items()}
         paper = np.mean(list(MSDM.values())) if name == "mean" else MSDM[name]
         figures.append(
             of_means(
