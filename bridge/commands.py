@@ -14,6 +14,7 @@ import typer
 
 from bridge import ardour_commands, bench_commands, session_commands
 from bridge import demo as demo_job
+from bridge.charts import chart
 from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
@@ -65,7 +66,10 @@ Text = Annotated[str | None, typer.Option("--text", help="How it should sound, i
 Reference = Annotated[Path | None, typer.Option("--audio", help="How it should sound, as an audio file.")]
 Bpm = Annotated[float | None, typer.Option("--bpm", help="Tempo, beats per minute.")]
 Chords = Annotated[
-    str | None, typer.Option("--chords", help='One cell a bar: "C | Am | F G | G7"; needs --bpm.')
+    str | None,
+    typer.Option(
+        "--chords", callback=chart, help='One cell a bar: "C | Am | F G | G7", or @FILE; needs --bpm.'
+    ),
 ]
 BeatsPerBar = Annotated[int, typer.Option("--beats-per-bar", help="Metre, with --bpm.")]
 FirstBeat = Annotated[float, typer.Option("--first-beat", help="Second at which a bar begins, with --bpm.")]
@@ -254,7 +258,8 @@ def import_bundle(
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     weights: Annotated[Literal["ema", "raw"], typer.Option("--weights", help="Which copy to read.")] = "ema",
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option("--precision", help="How weights are stored.")
+        Literal["fp32", "fp16", "fp16-compute"],
+        typer.Option("--precision", help="How weights are stored; fp16-compute is for a GPU."),
     ] = "fp32",
     vae: Annotated[Path | None, typer.Option("--vae", help="The VAE's file, where CKPT has none.")] = None,
     vocoder: Annotated[Path | None, typer.Option("--vocoder", help="The vocoder's, likewise.")] = None,
@@ -317,7 +322,7 @@ def doctor(model: ModelName = None, device: DeviceName = "auto", json_output: Js
         findings = []
         for finding in examine(find_bundle(model), device):
             findings.append(finding)
-            callback(finding.subject, len(findings) / 8)
+            callback(finding.subject, min(1.0, len(findings) / 10))
     broken = any(finding.state == "problem" for finding in findings)
     if json_output:
         print_json({"ok": not broken, "findings": [vars(finding) for finding in findings]})

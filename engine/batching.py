@@ -150,7 +150,7 @@ def run_shared(run: Run, feeds: Feeds) -> FloatArray:
 
 
 def _run_all(line: Line, run: Run, group: list[_Ticket]) -> list[FloatArray | Exception]:
-    """The results of a group in one run; where that fails each for itself, and smaller groups from then on."""
+    """The results of a group in one run; where that fails each for itself, smaller groups from then on."""
     parts = [member.feeds for member in group if member.feeds is not None]
     try:
         made = run({name: np.concatenate([feeds[name] for feeds in parts]) for name in parts[0]})
