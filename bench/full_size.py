@@ -21,6 +21,7 @@ from typing import Any
 
 from bench.machine import describe_machine
 
+PRECISIONS = ("fp32", "fp16", "fp16-compute")
 PARITY = Path(os.environ.get("BACKLINE_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--layout", type=Path, default=PARITY / "full_size.json")
     parser.add_argument("--folder", type=Path, help="for 20 GB of files; default: a temporary one")
     parser.add_argument("--frames", type=int, default=256, help="latent frames of the step; a window has 256")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"], choices=PRECISIONS)
     parser.add_argument("--torch", action="store_true", help="time the same step in torch, too")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench/results/full_size.json"))
@@ -86,7 +87,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, a column per precision."""
-    precisions = [name for name in ("fp32", "fp16") if name in report]
+    precisions = [name for name in PRECISIONS if name in report]
     parts = [report[name] for name in precisions]
     machine = report["machine"]
     rows = [

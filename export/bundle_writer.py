@@ -30,6 +30,7 @@ def export_bundle(
     networks: Mapping[str, torch.nn.Module],
     *,
     half: bool = False,
+    half_compute: bool = False,
     extra: Mapping[str, bytes] | None = None,
     times: Sequence[int] = (16, 24),
     tolerance: float | None = None,
@@ -40,7 +41,8 @@ def export_bundle(
 
     A module is called with its graph's inputs in the order of `graph_inputs`, and each graph is compared with
     it at batches 1 and 2 and at the latent lengths `times`, two multiples of what the networks downsample by.
-    `half` stores weights in float16. How far each graph is from torch goes into the manifest's provenance.
+    `half` stores weights in float16, and with `half_compute` the UNet's convolutions, matrix products and
+    attention run in it. How far each graph is from torch goes into the manifest's provenance.
 
     Raises BacklineError where `out` exists (without `force`), cannot be written or the disk is full, and
     onnx_writer.ExportMismatch where a graph does not match its module. Nothing is left at `out` then.
@@ -61,6 +63,7 @@ def export_bundle(
                 folder / f"{graph}.onnx",
                 sizes=_check_sizes(manifest, times),
                 half=half,
+                half_compute=half_compute and graph == "unet",
                 tolerance=tolerance,
             )
         for name, content in (extra or {}).items():
@@ -68,6 +71,7 @@ def export_bundle(
         export = {
             "opset": OPSET,
             "weights": "float16" if half else "float32",
+            "unet_compute": "float16" if half_compute else "float32",
             "relative_error": {graph: float(f"{error:.1e}") for graph, error in errors.items()},
         }
         return manifest.model_copy(update={"provenance": {**manifest.provenance, "export": export}})

@@ -82,7 +82,7 @@ def import_checkpoint(
     out: Path,
     *,
     weights: Literal["ema", "raw"] = "ema",
-    precision: Literal["fp32", "fp16"] = "fp32",
+    precision: Literal["fp32", "fp16", "fp16-compute"] = "fp32",
     vae: Path | None = None,
     vocoder: Path | None = None,
     clap: Path | None = None,
@@ -96,15 +96,16 @@ def import_checkpoint(
 
     config: the release's YAML, or JSON. vae, vocoder, clap: files for what `ckpt` lacks; where both have it
     the separate file is used. tokenizer: a folder with roberta-base's tokenizer. precision: how weights are
-    stored; arithmetic is float32. callback: phase and fraction; raises to cancel.
+    stored; arithmetic is float32, but for the UNet's convolutions and products with fp16-compute, which is
+    for a GPU. callback: phase and fraction; raises to cancel.
 
     Raises BacklineError, one sentence, for files that are missing, truncated or of another model, for a
     tensor that is missing, misshapen or depends on a foreign object, and where `out` cannot be written.
     """
     if weights not in ("ema", "raw"):
         raise UsageError(f"There are no {weights!r} weights: choose ema or raw.")
-    if precision not in ("fp32", "fp16"):
-        raise UsageError(f"There is no precision {precision!r}: choose fp32 or fp16.")
+    if precision not in ("fp32", "fp16", "fp16-compute"):
+        raise UsageError(f"There is no precision {precision!r}: choose fp32, fp16 or fp16-compute.")
     out = Path(out)
     check_target(out, force)
     scratch = _scratch(out)
@@ -154,7 +155,8 @@ def import_checkpoint(
             out,
             manifest,
             graphs,
-            half=precision == "fp16",
+            half=precision != "fp32",
+            half_compute=precision == "fp16-compute",
             extra=towers.files(),
             times=(stride, 2 * stride + 1),
             force=force,

@@ -29,6 +29,8 @@ from engine.errors import BacklineError
 OPSET = 20
 INLINE_LIMIT = 500_000_000  # bytes of weights; past 2 GB one protobuf message cannot hold them
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+# What a GPU's matrix units do in half precision; norms, softmax, sums and everything between stay in float32.
+HALF_COMPUTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MultiHeadAttention")
 _EXTERNAL_ALIGNMENT = 4096  # lets onnxruntime map the weights instead of reading them
 
 Shape = tuple[int | str, ...]
@@ -60,6 +62,7 @@ def write_graph(
     *,
     sizes: Sequence[Mapping[str, int]],
     half: bool = False,
+    half_compute: bool = False,
     tolerance: float | None = None,
     external: bool | None = None,
     seed: int = 0,
@@ -69,15 +72,20 @@ def write_graph(
     `sizes` gives values for every dynamic axis of the inputs, two different sets or more: the module is
     traced at the first and compared at each, max|onnx - torch| / max|torch| per output. `half` stores
     matrices and kernels in float16 with a cast to float32 in the graph, which onnxruntime folds away when it
-    loads. `external` puts the weights in one file `path`.data; None: when they pass 0.5 GB, because
-    onnxruntime maps such a file and copies a large message several times. `outputs` gives the shape of each
-    output; its dynamic axes may have names that no input has.
+    loads. `half_compute` casts what goes into convolutions, matrix products and attention to float16 and
+    their results back, for a GPU; a CPU computes the same slower. `external` puts the weights in one file
+    `path`.data; None: when they pass 0.5 GB, because onnxruntime maps such a file and copies a large message
+    several times. `outputs` gives the shape of each output; its dynamic axes may have names that no input
+    has.
 
-    Raises ExportMismatch past `tolerance` (default 1e-4, with `half` 2e-2) or when an output's shape is not
-    the declared one, and ValueError for sizes that cannot prove the dynamic axes. The file is removed then.
+    Raises ExportMismatch past `tolerance` (default 1e-4, with either half 2e-2) or when an output's shape is
+    not the declared one, and ValueError for sizes that cannot prove the dynamic axes. The file is removed
+    then.
     """
     _check_sizes(inputs, sizes)
-    limit = tolerance if tolerance is not None else TOLERANCE["float16" if half else "float32"]
+    limit = (
+        tolerance if tolerance is not None else TOLERANCE["float16" if half or half_compute else "float32"]
+    )
     path = Path(path)
     _data_path(path).unlink(missing_ok=True)  # an earlier graph's
     rng = np.random.default_rng(seed)
@@ -85,6 +93,8 @@ def write_graph(
     try:
         with _evaluating(module):
             graph = _trace(module, inputs, outputs, feeds[0], path)
+            if half_compute:
+                compute_in_half(graph)
             _attach_weights(graph, module, path, half=half, external=external)
             onnx.checker.check_model(str(path))
             return compare(module, path, feeds, outputs, sizes, limit)
@@ -201,6 +211,25 @@ def _trace(
             do_constant_folding=False,  # folding renames weights; onnxruntime folds when it loads
         )
     return onnx.load(str(path))
+
+
+def compute_in_half(model: onnx.ModelProto) -> None:
+    """Puts float16 casts around every node of HALF_COMPUTED, in place; the graph's own types stay."""
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type not in HALF_COMPUTED:
+            nodes.append(node)
+            continue
+        given, made = list(node.input), node.output[0]
+        label = f"{made}.half"
+        for i, name in enumerate(given):
+            if name:  # an optional input may be left out
+                node.input[i] = f"{label}.{i}"
+                nodes.append(helper.make_node("Cast", [name], [node.input[i]], to=TensorProto.FLOAT16))
+        node.output[0] = label
+        nodes += [node, helper.make_node("Cast", [label], [made], to=TensorProto.FLOAT)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _attach_weights(

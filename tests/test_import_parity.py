@@ -73,7 +73,7 @@ def bundles(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     folder = parity_folder() / kind
     out = tmp_path_factory.mktemp(kind)
 
-    def bundle(precision: Literal["fp32", "fp16"]) -> Path:
+    def bundle(precision: Literal["fp32", "fp16", "fp16-compute"]) -> Path:
         if not (out / precision).exists():
             summary = import_checkpoint(
                 folder / "last.ckpt", folder / "config.json", out / precision, precision=precision
@@ -85,7 +85,9 @@ def bundles(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return bundle
 
 
-@pytest.fixture(scope="module", params=["torch", "onnxruntime", "onnxruntime-fp16"])
+@pytest.fixture(
+    scope="module", params=["torch", "onnxruntime", "onnxruntime-fp16", "onnxruntime-fp16-compute"]
+)
 def model(request: pytest.FixtureRequest, kind: str, bundles: Callable[[str], Path]) -> Reimplementation:
     folder = parity_folder() / kind
     reference = dict(np.load(folder / "reference.npz"))
@@ -93,7 +95,7 @@ def model(request: pytest.FixtureRequest, kind: str, bundles: Callable[[str], Pa
         return _in_torch(folder, reference, Model.open(bundles("fp32"), "cpu").manifest)
     if request.param == "onnxruntime":
         return _in_onnxruntime(bundles("fp32"), reference, FLOAT32)
-    return _in_onnxruntime(bundles("fp16"), reference, FLOAT16)
+    return _in_onnxruntime(bundles(request.param.removeprefix("onnxruntime-")), reference, FLOAT16)
 
 
 def _in_torch(folder: Path, reference: dict[str, Array], manifest: Manifest) -> Reimplementation:

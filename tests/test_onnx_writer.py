@@ -14,7 +14,7 @@ from torch import nn
 from engine.errors import BacklineError
 from engine.manifest import Manifest
 from export.bundle_writer import hash_files, write_bundle
-from export.onnx_writer import ExportMismatch, Input, relative_error, write_graph
+from export.onnx_writer import HALF_COMPUTED, ExportMismatch, Input, relative_error, write_graph
 
 
 class Net(nn.Module):
@@ -72,6 +72,22 @@ def test_half_stores_kernels_in_two_bytes_and_external_data_in_one_file(
     assert stored["conv.bias"] == onnx.TensorProto.FLOAT
     names = {item.name for item in tmp_path.iterdir()}
     assert names == ({"net.onnx", "net.onnx.data"} if external else {"net.onnx"})
+
+
+def test_half_compute_casts_products_and_leaves_the_rest_in_float32(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    error = write_graph(Net(), INPUTS, OUTPUTS, path, sizes=SIZES, half=True, half_compute=True)
+    assert 0 < error <= 2e-2
+    graph = onnx.load(str(path)).graph
+    made = {name: node for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type in HALF_COMPUTED]
+    assert products
+    for node in products:
+        casts = [made[name] for name in node.input if name]
+        assert all(cast.op_type == "Cast" for cast in casts)
+        assert all(cast.attribute[0].i == onnx.TensorProto.FLOAT16 for cast in casts)
+        (back,) = (other for other in graph.node if node.output[0] in other.input)
+        assert back.op_type == "Cast" and back.attribute[0].i == onnx.TensorProto.FLOAT
 
 
 @pytest.mark.parametrize("kind", [Baked, Deaf])
