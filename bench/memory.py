@@ -1,8 +1,8 @@
 """python -m bench.memory: peak memory of splits by their length, and over many jobs of one process.
 
 Each length is a process of its own that splits a file of noise as `backline split` does; the jobs are splits
-of ten seconds in one process. Large arrays of the engine are mapped from files, which the system may take back,
-so what it may not take (RssAnon) is told beside the resident set.
+of ten seconds in one process. Large arrays of the engine are mapped from files, which the system may take
+back, so what it may not take (RssAnon) is told beside the resident set.
 """
 
 from __future__ import annotations
