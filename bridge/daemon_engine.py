@@ -49,6 +49,7 @@ class DaemonEngine:
         bpm: float | None = None,
         beats_per_bar: int = 4,
         first_beat: float = 0.0,
+        chords: str | None = None,
         text: str | None = None,
         seed: int = 0,
         callback: Callback | None = None,
@@ -57,8 +58,10 @@ class DaemonEngine:
             self.warn(f"The daemon's model hears only {', '.join(self.stems)}: it was not given the rest.")
             other = None
         options = self._options() | ({} if text is None else {"text": text})
-        if bpm is not None and "grid" in self.capabilities:
+        if bpm is not None and ("grid" in self.capabilities or chords is not None):
             options |= {"bpm": bpm, "beats_per_bar": beats_per_bar, "first_beat": first_beat}
+        if chords is not None:
+            options["chords"] = chords
         with self._folder() as folder:
             files = {name: _written(folder, name, part) for name, part in context.items()}
             if other is not None:

@@ -54,6 +54,7 @@ class Engine(Protocol):
         bpm: float | None = None,
         beats_per_bar: int = 4,
         first_beat: float = 0.0,
+        chords: str | None = None,
         text: str | None = None,
         seed: int = 0,
         callback: Callback | None = None,
@@ -85,6 +86,7 @@ class LocalEngine:
         bpm: float | None = None,
         beats_per_bar: int = 4,
         first_beat: float = 0.0,
+        chords: str | None = None,
         text: str | None = None,
         seed: int = 0,
         callback: Callback | None = None,
@@ -98,9 +100,10 @@ class LocalEngine:
             context,
             armed,
             other=other,
-            bpm=bpm if self.model.supports("grid") else None,
+            bpm=bpm if self.model.supports("grid") or chords is not None else None,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
+            chords=chords,
             text=text,
             settings=replace(self.settings, seed=seed),
             callback=callback,
@@ -150,6 +153,7 @@ def fill_armed(
     engine: Engine,
     *,
     span: Span | None = None,
+    chords: str | None = None,
     text: str | None = None,
     seed: int = 0,
     callback: Callback | None = None,
@@ -157,13 +161,16 @@ def fill_armed(
 ) -> list[Placed]:
     """Play the armed tracks of a host along with the others; every fill is a new region.
 
-    span: None takes the host's time selection, or the whole session. Raises UsageError where no track is
-    armed, two are armed for one stem, RoleUnknown for one that plays none of the engine's stems, and
-    BacklineError where nothing is to be heard. What lay on the tracks stays in the session; they are
-    disarmed. `listen` and `place_fill` are the two halves, for callers that wait in between.
+    span: None takes the host's time selection, or the whole session. chords: a chart whose first bar is the
+    first that begins in the span. Raises UsageError where there is no one tempo for them, no track is armed,
+    two are armed for one stem, RoleUnknown for one that plays none of the engine's stems, and BacklineError
+    where nothing is to be heard. What lay on the tracks stays in the session; they are disarmed. `listen` and
+    `place_fill` are the two halves, for callers that wait in between.
     """
     heard = listen(host, engine.stems, span)
     grid = heard.grid
+    if chords is not None and grid is None:
+        raise UsageError("Chords need a tempo, and it changes within this stretch: choose a shorter one.")
     played = engine.fill(
         heard.context,
         list(heard.armed),
@@ -171,6 +178,7 @@ def fill_armed(
         bpm=grid.bpm if grid else None,
         beats_per_bar=grid.beats_per_bar if grid else 4,
         first_beat=grid.first_beat if grid else 0.0,
+        chords=chords,
         text=text,
         seed=seed,
         callback=callback,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bridge.charts import chart
 from bridge.console import print_json, print_table, progress, say
 from bridge.filling import Engine, Placed, Warn, fill_armed, local_engine, split_to_tracks
 from bridge.models import find_bundle
@@ -282,6 +283,12 @@ def fill(
     start: From = "0",
     end: To = None,
     text: Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")] = None,
+    chords: Annotated[
+        str | None,
+        typer.Option(
+            "--chords", callback=chart, help='One cell a bar, from the first bar line on: "C | Am", or @FILE.'
+        ),
+    ] = None,
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
@@ -299,7 +306,9 @@ def fill(
     engine = _engine(model, device, Settings(steps=steps, quality=quality), host.warn)
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     with progress("fill") as callback:
-        placed = fill_armed(host, engine, span=span, text=text, seed=seed, callback=callback, warn=host.warn)
+        placed = fill_armed(
+            host, engine, span=span, chords=chords, text=text, seed=seed, callback=callback, warn=host.warn
+        )
     _report("fill", host, placed, seed, warnings, json_output)
 
 
