@@ -22,7 +22,7 @@ MIN_SECONDS = 1.0
 MIN_RATE, MAX_RATE = 8000, 192000  # Hz
 MAX_CHANNELS = 8
 BLOCK = 1 << 20  # samples a channel handled at a time
-SPILL = 256 << 20  # bytes; a longer signal lives in a temporary file and not in memory
+SPILL = 16 << 20  # bytes; a longer signal lives in a temporary file, so that long jobs need no more memory
 RIFF_LIMIT = (1 << 32) - (1 << 16)  # bytes; sizes past 32 bits need RF64
 IEEE_FLOAT = 3  # the wave format tag
 
@@ -49,7 +49,7 @@ class Audio:
 
 
 def empty(*shape: int) -> NDArray[np.float32]:
-    """Room for float32 of this shape, all zero: in memory, or in an unnamed temporary file past 256 MB.
+    """Room for float32 of this shape, all zero: in memory, or in an unnamed temporary file past 16 MiB.
 
     Raises BacklineError where the disk has no room for that file.
     """
