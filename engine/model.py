@@ -150,11 +150,14 @@ class Model:
 
         Raises BacklineError for a condition that the UNet has no input for.
         """
+        return {name: self._condition(name, conditions, shape) for name in self._condition_names(conditions)}
+
+    def _condition_names(self, conditions: Conditions) -> list[str]:
         names = set(self.inputs("unet")) - {"latents", "timestep"}
         unknown = set(conditions) - names
         if unknown:
             raise BacklineError(f"The model {self.manifest.name} has no input {', '.join(sorted(unknown))}.")
-        return {name: self._condition(name, conditions, shape) for name in sorted(names)}
+        return sorted(names)
 
     def device_value(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """An OrtValue on the device that the UNet runs on, not yet filled."""
@@ -181,7 +184,7 @@ class Model:
 
     def _bound_unet(self, conditions: Conditions) -> Callable[[FloatArray, int], FloatArray]:
         session = self.session("unet")
-        self.condition_inputs(conditions, (1, *self.manifest.latent_shape))  # refuses what does not fit
+        self._condition_names(conditions)  # refuses what it does not know before anything runs
         binding = session.io_binding()
         bound: dict[str, Any] = {}
         shape: tuple[int, ...] = ()

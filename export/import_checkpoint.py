@@ -26,7 +26,8 @@ from export.import_clap import Towers, clap_part, read_towers
 from export.kl_vae import Decoder, Encoder, KlVae
 from export.reference_config import ReferenceConfig, read_config
 from export.tensor_source import Source, load_network
-from export.unet3d import UNet3d, fold_depth
+from export.unet3d import UNet3d
+from export.unet_form import in_fastest_form
 
 UNET, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 VAE, VOCODER = "first_stage_model.", "first_stage_model.vocoder."
@@ -143,9 +144,12 @@ def import_checkpoint(
         title = name or ("mt-musicldm" if reference.unet.film_dim else "mt-musicldm-unconditional")
         manifest = _manifest(reference, generator.config, towers, scale, title, licence)
         separate = {"vae": vae, "vocoder": vocoder, "clap": clap}
-        manifest = manifest.model_copy(update={"provenance": _provenance(main, weights, separate)})
+        _report(callback, "choosing the UNet's form", 0.0)
+        unet, form = in_fastest_form(unet)
+        provenance = _provenance(main, weights, separate) | {"unet": form}
+        manifest = manifest.model_copy(update={"provenance": provenance})
         graphs: dict[str, nn.Module] = {
-            "unet": fold_depth(unet),
+            "unet": unet,
             "vae_encoder": Encoder(autoencoder),
             "vae_decoder": Decoder(autoencoder),
             "vocoder": generator,

@@ -1,0 +1,72 @@
+"""Which form of the 3-D UNet's convolutions is faster on this machine: native, or depth folded to 2-D.
+
+Both compute the same (`export.unet3d.FoldedConv3d`). Which one onnxruntime runs faster depends on provider and
+processor, so one convolution of the network's width is timed in both forms as a model is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.onnx_writer import Input, write_graph
+from export.unet3d import UNet3d, fold_depth
+
+FORMS = ("folded", "native")
+DEPTH, TIME, FREQUENCY = 8, 64, 16  # of the timed convolution, as in the second level of a released window
+WIDEST = 128  # a wider one takes longer to time and says the same
+ROUNDS = 5
+
+
+@functools.cache
+def form_seconds(width: int) -> dict[str, float]:
+    """Seconds of one 3x3x3 convolution of `width` channels in each form, the median of interleaved rounds.
+
+    By the provider that onnxruntime prefers on this machine: CUDA where it is there.
+    """
+    torch.manual_seed(0)
+    channels = min(width, WIDEST)
+    native = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1))
+    folded = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1))
+    folded.load_state_dict(native.state_dict())
+    shape = ("batch", channels, DEPTH, "time", FREQUENCY)
+    x = np.zeros((1, channels, DEPTH, TIME, FREQUENCY), np.float32)
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {
+            form: _session(module, shape, Path(folder) / f"{form}.onnx")
+            for form, module in (("folded", fold_depth(folded)), ("native", native))
+        }
+        for number in range(ROUNDS + 1):
+            for form, session in sessions.items():
+                started = time.perf_counter()
+                session.run(None, {"x": x})
+                if number:  # the first round warms up
+                    seconds[form].append(time.perf_counter() - started)
+    return {form: median(row) for form, row in seconds.items()}
+
+
+def in_fastest_form(unet: UNet3d) -> tuple[UNet3d, dict[str, Any]]:
+    """The UNet, its convolutions folded in place where that is faster, and what the manifest says of it."""
+    seconds = form_seconds(unet.config.width)
+    form = min(seconds, key=lambda name: seconds[name])
+    if form == "folded":
+        fold_depth(unet)
+    milliseconds = {name: round(1000 * value, 2) for name, value in seconds.items()}
+    return unet, {"form": form, "one_convolution_ms": milliseconds}
+
+
+def _session(module: nn.Module, shape: tuple[int | str, ...], path: Path) -> Any:
+    import onnxruntime
+
+    sizes = [{"batch": 1, "time": 4}, {"batch": 2, "time": 6}]
+    write_graph(module, [Input("x", shape)], {"y": shape}, path, sizes=sizes)
+    return onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
