@@ -1,7 +1,7 @@
 """Which form of the 3-D UNet's convolutions is faster on this machine: native, or depth folded to 2-D.
 
-Both compute the same (`export.unet3d.FoldedConv3d`). Which one runs faster depends on onnxruntime's provider and the
-processor, so one convolution of the width is timed in both forms as a model is imported.
+Both compute the same (`export.unet3d.FoldedConv3d`). Which one runs faster depends on the processor and on
+onnxruntime's provider, so one convolution of the width is timed in both as a model is imported.
 """
 
 from __future__ import annotations
