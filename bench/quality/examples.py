@@ -104,8 +104,8 @@ def write_audio(path: Path, signal: Array) -> None:
     audio[:FADE] *= np.linspace(0, 1, FADE)
     audio[-FADE:] *= np.linspace(1, 0, FADE)
     soundfile.write(
-        path, audio, RATE, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.75,
-        bitrate_mode="CONSTANT",
+        path, audio, RATE, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.95,
+        bitrate_mode="VARIABLE",
     )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def _blind(examples: list[Example], files: Path) -> str:
         item, name = f"a{number}", _hidden(number, "a")
         write_audio(files / name, example.mixes[ASKED["source"][int(choice)]])
         key[item] = int(choice)
-        question = f"{number}. Is the {' and '.join(example.armed)} generated or rendered?"
+        question = f"{number}. {' and '.join(example.armed).capitalize()}: generated or rendered?"
         items.append(_item(item, question, [name], ("generated", "rendered")))
     for number, example in enumerate(examples[-6:], 1):
         item, swapped = f"b{number}", int(rng.integers(2))
@@ -213,7 +213,7 @@ def _blind(examples: list[Example], files: Path) -> str:
         for name, kind in zip(names, ("generated", "peer")[:: -1 if swapped else 1], strict=True):
             write_audio(files / name, example.mixes[kind])
         key[item] = swapped
-        question = f"{number + 8}. Which {' and '.join(example.armed)} is ours?"
+        question = f"{number + 8}. {' and '.join(example.armed).capitalize()}: which is ours?"
         items.append(_item(item, question, names, ("the first", "the second")))
     coded = encoded(key)
     mark = hashlib.sha256(coded.encode()).hexdigest()[:8]
