@@ -24,7 +24,7 @@ from training.metrics import Array
 from training.stems import STEMS
 
 PART = "fill"
-PEER_WINDOWS, PEER_STEPS = 16, 50
+PEER_WINDOWS, PEER_STEPS = 8, 50
 SAMPLES = round(FILL_SECONDS * RATE)
 KINDS = ("true", "copy", "drone")
 OWN_BAR, ALIGNED_BAR, ROLE_BAR, COPY_BAR = 0.95, 0.9, 0.9, -10.0

@@ -15,7 +15,7 @@ from training.metrics import Array
 from training.stems import STEMS
 
 PART = "sound"
-WINDOWS = 24
+WINDOWS = 16
 BAR = 0.35
 # The geometry of the figure, whatever the bundle's own is.
 MEL = Mel(

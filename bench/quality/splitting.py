@@ -21,7 +21,7 @@ from training.metrics import Array
 from training.stems import STEMS
 
 PART = "split"
-SLOW = 12  # windows of what takes many times as long
+SLOW = 8  # windows of what takes many times as long
 BARS = {"mean": 10.0} | dict.fromkeys(STEMS, 7.0)
 MSDM = dict(zip(STEMS, (17.12, 18.68, 15.38, 14.73), strict=True))  # of other data: arXiv:2302.02257
 HEARD_BY_PEER = ("bass", "drums")
