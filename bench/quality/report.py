@@ -16,6 +16,7 @@ TITLES = {
     "sound": "Sound",
     "cost": "Cost",
 }
+FAINT_DB = -60.0
 OURS, PEER, INK = "#b5367a", "#5f7f9f", "#1c1c22"
 
 
@@ -66,7 +67,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in result["figures"]:
-        if row["value"] is not None and row["part"] != "cost":
+        # what the stems leave of the mix is so little that the rest would be squeezed
+        if row["value"] is not None and row["part"] != "cost" and row["value"] > FAINT_DB:
             groups.setdefault((row["part"], row["unit"]), []).append(row)
     panels = list(groups.items())
     height = 0.6 + sum(0.26 * len(rows) + 0.75 for _, rows in panels)
@@ -77,7 +79,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )[:, 0]
     for axis, ((part, unit), rows) in zip(axes, panels, strict=False):
         _panel(axis, f"{TITLES[part]}{f', {unit}' if unit else ''}", rows)
-    figure.suptitle(f"{result['model']}, {result['windows']} windows", fontsize=11, color=INK)
+    marks = "red: bar; green: ceiling; brown: floor; blue: a peer"
+    title = f"{result['model']}, {result['windows']} windows ({marks})"
+    figure.suptitle(title, fontsize=11, color=INK)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
