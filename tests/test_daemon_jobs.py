@@ -177,18 +177,13 @@ def test_takes_sampled_together_are_those_made_alone(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    whole = Model.denoiser
+    whole = Model.condition_inputs
 
-    def counted(self: Model, conditions: Any) -> Any:
-        denoise = whole(self, conditions)
+    def counted(self: Model, conditions: Any, shape: tuple[int, ...]) -> Any:
+        sizes.append(shape[0])
+        return whole(self, conditions, shape)
 
-        def batched(x: np.ndarray, t: int) -> np.ndarray:
-            sizes.append(len(x))
-            return denoise(x, t)
-
-        return batched
-
-    monkeypatch.setattr(Model, "denoiser", counted)
+    monkeypatch.setattr(Model, "condition_inputs", counted)
     context = {"drums": Audio(noise(5.0).T, 22050)}
     tasks: dict[str, Any] = {
         "generate": lambda **rest: generate(tiny_model, seconds=5.0, **rest),

@@ -88,8 +88,13 @@ def test_a_long_recording_is_heard_like_its_parts() -> None:
 def chords_given(model: Model, monkeypatch: pytest.MonkeyPatch, **job: Any) -> list[np.ndarray | None]:
     """The chords that the UNet is told in each window of a fill."""
     seen: list[np.ndarray | None] = []
-    real = model.denoiser
-    monkeypatch.setattr(model, "denoiser", lambda told: (seen.append(told.get("chords")), real(told))[1])
+    real = model.condition_inputs
+
+    def watched(told: Any, shape: tuple[int, ...]) -> Any:
+        seen.append(told.get("chords"))
+        return real(told, shape)
+
+    monkeypatch.setattr(model, "condition_inputs", watched)
     tasks.fill(model, job.pop("context", without("piano")), ["piano"], settings=Settings(steps=1), **job)
     return seen
 

@@ -17,6 +17,7 @@ from export.patch_vae import PatchVAE, PatchVAEConfig
 from training import train_classifier, train_towers, train_unet, train_vae, train_vocoder
 from training.captions import Thresholds, make_tokenizer
 from training.dataset import draw, mix
+from training.loop import mixed_precision
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
 from training.stems import STEMS
 from training.train_unet import (
@@ -151,7 +152,7 @@ def test_the_loss_is_on_what_is_asked_for(batch: Batch) -> None:
 
 
 def test_mixtures_are_encoded_mixtures(batch: Batch, frozen: Frozen) -> None:
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), mixed_precision("cpu"):
         mean, _ = frozen.vae.moments(batch.mixture[:, None])
         stems, _ = frozen.vae.moments(batch.mels.flatten(0, 1)[:, None])
     whole = kinds(batch)["split"]
