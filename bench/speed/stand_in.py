@@ -34,8 +34,8 @@ def write_stand_in(out: Path, width: int = WIDTH, frames: int = FRAMES, *, half:
     """
     torch.manual_seed(0)
     unet_config = UNet3dConfig(width=width)
-    vae_config = KlVaeConfig(width=max(32, 128 * width // WIDTH))
-    vocoder_config = replace(HifiGanConfig(), width=max(64, 1024 * width // WIDTH))
+    vae_config = KlVaeConfig(width=_share(128, width, 32))
+    vocoder_config = replace(HifiGanConfig(), width=_share(1024, width, 64))
     unet, vae, vocoder = UNet3d(unet_config), KlVae(vae_config), HifiGan(vocoder_config)
     for network in (unet, vae, vocoder):
         network.eval().requires_grad_(False)
@@ -71,6 +71,11 @@ def write_stand_in(out: Path, width: int = WIDTH, frames: int = FRAMES, *, half:
         out, manifest, networks, half=half, times=(unet_config.stride, 2 * unet_config.stride + 1), force=True
     )
     return unet
+
+
+def _share(of: int, width: int, multiple: int) -> int:
+    """The same part of a width as the UNet's, whole groups of channels of it and at least one."""
+    return max(1, of * width // WIDTH // multiple) * multiple
 
 
 def main() -> None:
