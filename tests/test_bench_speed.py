@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny_bundle import write_tiny_bundle
 
 from bench.speed import report
 from bench.speed.ceilings import COPIED, COPY, PRODUCT, SIDE, read_ceilings
@@ -19,7 +20,6 @@ from bench.speed.run import measure
 from bench.timing import interleaved
 from bridge import cli
 from engine.bundle import load_bundle
-from tests.tiny_bundle import write_tiny_bundle
 
 
 def shaped(op: str, inputs: list[list[int]], output: list[int]) -> dict[str, object]:

@@ -77,7 +77,7 @@ def test_a_weight_of_another_shape_is_named() -> None:
 def test_the_folders_are_those_that_training_goes_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.training_songs import save, song
+    from training_songs import save, song
 
     (tmp_path / "data" / "train").mkdir(parents=True)
     save(tmp_path / "data" / "train", 0, song(0))
