@@ -262,15 +262,15 @@ def test_shared_jobs_run_side_by_side_and_have_their_own_bytes(talk: Talk) -> No
     def sums(name: str) -> dict[str, bytes]:
         return {stem: path.read_bytes() for stem, path in take_of(talk, name).items()}
 
-    for name in ("one", "two"):
+    for name in ("shared-one", "shared-two"):
         talk.ask("/backline/job/generate", name, 8.0, "shared", 1, "seed", 3, "steps", 300, answer=ACCEPTED)
-    talk.until("/backline/job/progress", id="one")
-    talk.until("/backline/job/progress", id="two")
-    assert talk.ask("/backline/job/status", "one", answer=STATE)["state"] == "running"
-    assert talk.end_of("one") == "done"
-    if not any(a == "/backline/job/done" and v["id"] == "two" for a, v in talk.heard):
-        assert talk.end_of("two") == "done"
-    assert sums("one") == sums("two")
+    talk.until("/backline/job/progress", id="shared-one")
+    talk.until("/backline/job/progress", id="shared-two")
+    assert talk.ask("/backline/job/status", "shared-one", answer=STATE)["state"] == "running"
+    assert talk.end_of("shared-one") == "done"
+    if not any(a == "/backline/job/done" and v["id"] == "shared-two" for a, v in talk.heard):
+        assert talk.end_of("shared-two") == "done"
+    assert sums("shared-one") == sums("shared-two")
 
 
 def test_a_time_out_ends_a_job(talk: Talk) -> None:
