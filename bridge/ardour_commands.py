@@ -19,6 +19,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.daemon_engine import daemon_engine
 from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
+from bridge.options import DeviceName, Json, ModelName, QualityName, Seed, Text
 from bridge.serve_commands import read_token
 from engine.errors import BacklineError, UsageError
 from engine.manifest import Quality
@@ -42,19 +43,10 @@ Role = Annotated[
     list[str] | None, typer.Option("--role", help="What a track plays: 'Track 3=piano'; repeatable.")
 ]
 Free = Annotated[bool, typer.Option("--free", help="The music does not follow the session's tempo.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="A bundle, as for other commands.")]
-DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
 DaemonPort = Annotated[
     int | None, typer.Option("--daemon", help="Let the daemon on this port play, instead of --model here.")
 ]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="The token that the daemon asks for.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Random if not given.")]
-QualityName = Annotated[
-    Quality | None,
-    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
-]
-Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @app.command("install")

@@ -9,23 +9,16 @@ import typer
 
 from bridge.console import print_json, print_table, progress, say
 from bridge.models import find_bundle
+from bridge.options import DeviceName, Json, ModelName
 from engine.errors import BacklineError
-from engine.model import Device
 
 app = typer.Typer(help="Measure: how fast it is, and how good.", no_args_is_help=True)
 
 
-@app.callback()
-def bench() -> None:
-    """Keeps `speed` a subcommand while it is the only one."""
-
-
 @app.command()
 def speed(
-    model: Annotated[
-        str | None, typer.Option("--model", help="A bundle: a folder, a zip, or a name of `backline models`.")
-    ] = None,
-    device: Annotated[Device, typer.Option("--device", help="Where to run.")] = "auto",
+    model: ModelName = None,
+    device: DeviceName = "auto",
     full: Annotated[
         bool, typer.Option("--full", help="Also torch.compile, the reference's 3-D UNet, batches; minutes.")
     ] = False,
@@ -35,9 +28,7 @@ def speed(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for speed.json, speed.md and speed.png.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-    ] = False,
+    json_output: Json = False,
 ) -> None:
     """Time every stage beside torch and beside what this hardware allows."""
     from bench.speed import report
@@ -68,9 +59,7 @@ def speed(
 
 @app.command()
 def quality(
-    model: Annotated[
-        str | None, typer.Option("--model", help="A bundle: a folder, a zip, or a name of `backline models`.")
-    ] = None,
+    model: ModelName = None,
     windows: Annotated[int, typer.Option("--windows", help="Held-out songs, one window of each.")] = 64,
     only: Annotated[
         str | None, typer.Option("--only", help="Parts of split,fill,generate,sound,cost; all if not given.")
@@ -90,9 +79,7 @@ def quality(
     grooves: Annotated[
         Path | None, typer.Option("--grooves", help="Cache of the groove probe, grooves.json.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-    ] = False,
+    json_output: Json = False,
 ) -> None:
     """Measure every task on held-out songs, made again from seeds; call it again and it goes on."""
     try:

@@ -19,6 +19,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import examine
 from bridge.jobs import Place, Result, fill_to, find_stems, generate_to, split_to, summary
 from bridge.models import describe, find_bundle, list_bundles, models_folder
+from bridge.options import DeviceName, Force, Json, ModelName, QualityName, Seed, Steps, Text
 from bridge.serve_commands import send, serve
 from engine.errors import BacklineError
 from engine.manifest import Quality
@@ -40,29 +41,12 @@ logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings 
 
 Sampler = Literal["ddim", "dpmpp_2m", "euler"]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; made where there is none.")]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help="A bundle: a folder, a zip, or a name of `backline models`.")
-]
-DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Picture = Annotated[bool, typer.Option("--picture/--no-picture", help="Draw the spectrograms.")]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="The same seed gives the same bytes; random if not given.")
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; those of --quality if not given.")
-]
-QualityName = Annotated[
-    Quality | None,
-    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
-]
 SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="That of --quality if not given.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Weight of the prompt; 1 is none.")]
 Listening = Annotated[
     float | None, typer.Option("--listening", help="Weight of what is heard, tempo and chords; 1 is none.")
 ]
-Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]
 Reference = Annotated[Path | None, typer.Option("--audio", help="How it should sound, as an audio file.")]
 Bpm = Annotated[float | None, typer.Option("--bpm", help="Tempo, beats per minute.")]
 Chords = Annotated[

@@ -21,6 +21,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.doctor import Finding
 from bridge.logs import start_log
 from bridge.models import find_bundle
+from bridge.options import DeviceName, Json, ModelName
 from bridge.osc import Value
 from bridge.protocol import OPTIONS, PORT, REQUESTS, parameters
 from engine.errors import BacklineError, UsageError
@@ -82,8 +83,8 @@ def serve(
         list[Path] | None, typer.Option("--allow", help="A folder whose files jobs may read; repeatable.")
     ] = None,
     token_file: TokenFile = None,
-    model: Annotated[str | None, typer.Option("--model", help="A bundle, as for other commands.")] = None,
-    device: Annotated[Device, typer.Option("--device", help="Where to run.")] = "auto",
+    model: ModelName = None,
+    device: DeviceName = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="The engine's; all cores if not given.")
     ] = None,
@@ -180,7 +181,7 @@ def send(
     port: Port = PORT,
     udp: Annotated[bool, typer.Option("--udp", help="UDP instead of TCP.")] = False,
     token_file: TokenFile = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Send one request to a running daemon, for scripts: a job is waited for, its files are printed."""
     token = None if token_file is None else read_token(token_file)

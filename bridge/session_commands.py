@@ -14,10 +14,10 @@ from bridge.charts import chart
 from bridge.console import print_json, print_table, progress, say
 from bridge.filling import Engine, Placed, Warn, fill_armed, local_engine, split_to_tracks
 from bridge.models import find_bundle
+from bridge.options import DeviceName, Force, Json, ModelName, QualityName, Seed, Steps
 from bridge.pictures import Row, draw
 from engine.audio import read, resample, write
 from engine.errors import BacklineError, UsageError
-from engine.manifest import Quality
 from engine.model import Device, Model
 from engine.take import Settings
 from plugin_host.exchange import export_session
@@ -41,22 +41,10 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="The session's folder.")]
 TrackName = Annotated[str, typer.Argument(help="A track's name or number.")]
 TrackNames = Annotated[list[str], typer.Argument(help="Names or numbers of tracks.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of words.")]
 Off = Annotated[bool, typer.Option("--off", help="The opposite.")]
 From = Annotated[str, typer.Option("--from", help="Where it begins: seconds, or samples as 44100smp.")]
 To = Annotated[str | None, typer.Option("--to", help="Where it ends; the session's end if not given.")]
 At = Annotated[str, typer.Option("--at", help="Where it lies: seconds, or samples as 44100smp.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="A bundle, as for other commands.")]
-DeviceName = Annotated[Device, typer.Option("--device", help="Where to run.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Random if not given.")]
-QualityName = Annotated[
-    Quality | None,
-    typer.Option("--quality", help="The model's steps and sampler for it; normal if not given."),
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; those of --quality if not given.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 PluginSeconds = Annotated[
     float | None,
     typer.Option("--plugin-seconds", min=0.1, help="How long a VST3 may take before it is left out."),
