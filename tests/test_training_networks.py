@@ -62,7 +62,7 @@ def frozen() -> Frozen:
         tokenizer,
         thresholds,
         scale=0.5,
-        channel_weight=torch.linspace(0.5, 1.5, 6)[:, None, None],
+        metric=torch.linspace(0.5, 1.5, 6).sqrt().diag().repeat(len(STEMS), 1, 1),
     )
 
 
@@ -230,7 +230,7 @@ def test_an_error_costs_by_channel_and_by_what_is_asked_for(batch: Batch, frozen
     wrong = torch.zeros_like(batch.latents)
     wrong[:, :, 2] = 0.3
     value, _ = loss_of(batch, frozen, wrong, t)
-    weight = float(frozen.channel_weight[2])
+    weight = float(frozen.metric[0, 2, 2] ** 2)
     assert value == pytest.approx(0.09 * weight / 6, rel=1e-3)  # one of six channels, everywhere
     known = batch.inputs["context_mask"][:, :, None, :, None]
     value, _ = loss_of(batch, frozen, wrong * known, t)
@@ -387,6 +387,29 @@ def test_the_classifier_hears_sounding_stems_whatever_their_level() -> None:
     assert torch.allclose(model(mel + 1.5), logits, atol=2e-2)
 
 
+def test_errors_weigh_where_the_stem_is_heard(frozen: Frozen) -> None:
+    """A latent error that the decoder writes into one half of the bands costs the stem that sounds there."""
+    decoder = frozen.vae.decoder
+    mels = torch.full((2, len(STEMS), 32, BANDS), FLOOR)
+    mels[:, 0, :, : BANDS // 2] = 0.0
+    mels[:, 1, :, BANDS // 2 :] = 0.0
+    metric = train_unet.error_metric(decoder, torch.ones(6), mels)
+    low = torch.zeros(4, BANDS)
+    low[:, : BANDS // 2] = 1
+    error = torch.linalg.lstsq(decoder.linear.weight, low.flatten()[:, None]).solution[:, 0]
+    cost = [float((root @ error).square().sum()) for root in metric[:2]]
+    assert cost[0] > 1.2 * cost[1]
+
+
+def test_a_favoured_stem_is_asked_for_more_and_weighs_more(frozen: Frozen) -> None:
+    windows = draw([song(0)], 96, np.random.default_rng(0), frames=LENGTH * LATENT_FRAMES)
+    plain, favoured = (make_batch(windows, frozen, np.random.default_rng(1), f) for f in (None, 0))
+    known = [b.inputs["context_mask"].mean((0, 2)) for b in (plain, favoured)]
+    assert known[1][0] < 0.8 * known[0][0]
+    assert known[1][0] < 0.8 * known[1][1:].min()
+    assert favoured.loss_mask[:, 0].max() == train_unet.FAVOUR and favoured.loss_mask[:, 1:].max() == 1
+
+
 def test_statistics_are_measured_once(
     tmp_path: Path, frozen: Frozen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,8 +426,9 @@ def test_statistics_are_measured_once(
     statistics = tmp_path / "latents.pt"
     first = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(0)])
     again = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(1)])
-    assert first.scale == again.scale and torch.equal(first.channel_weight, again.channel_weight)
-    assert float(first.channel_weight.mean()) == pytest.approx(1)
+    assert first.scale == again.scale and torch.equal(first.metric, again.metric)
+    weight = first.metric.mT @ first.metric
+    assert weight.diagonal(dim1=1, dim2=2).mean(1).tolist() == pytest.approx([1] * len(STEMS))
     assert first.thresholds == Thresholds(((1, 2),) * 5, (3, 4))
     windows = draw([song(0)], 64, np.random.default_rng(0), frames=32)
     latents, _ = first.vae.moments(windows.mels.flatten(0, 1)[:, None])

@@ -29,9 +29,9 @@ from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training.captions import measure_thresholds
-from training.dataset import RenderedSong, draw, load_songs
+from training.dataset import load_songs
 from training.mel import GEOMETRY
-from training.train_unet import STATISTICS
+from training.train_unet import STATISTICS, measure_latents
 from training.train_vae import batch_of_mels
 
 WEAKEST = 0.5  # singular value
@@ -167,14 +167,6 @@ def read_unet(bundle: Bundle) -> StemUNet:
     return unet
 
 
-def statistics(vae: PatchVAE, scale: float, songs: list[RenderedSong]) -> dict[str, object]:
-    """What training.train_unet keeps of the latents, with the scale that the UNet was trained with."""
-    mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
-    with torch.no_grad():
-        mean, _ = vae.moments(mels)
-    return {"scale": scale, "deviation": mean.std((0, 2, 3))}
-
-
 def _write(network: nn.Module, folder: Path, minutes: float, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=False)
     weights = network.state_dict()
@@ -205,7 +197,7 @@ def main() -> None:
     thresholds = args.runs / "towers" / "thresholds.json"
     thresholds.write_text(json.dumps(asdict(measure_thresholds(songs))))
     scale = bundle.manifest.latent.scale_factor
-    torch.save(statistics(vae, scale, songs), args.runs / "unet" / STATISTICS)
+    torch.save(measure_latents(vae, songs, scale), args.runs / "unet" / STATISTICS)
     print(f"{args.runs}: {bundle.manifest.name} {bundle.manifest.version}, {GEOMETRY.n_mels} bands")
 
 

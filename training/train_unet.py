@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from training.stems import STEMS
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 LAST = SCHEDULE.steps - 1
 SHARES = {"split": 0.4, "fill": 0.45, "generate": 0.15}
+FAVOURING = {"split": 0.25, "fill": 0.65, "generate": 0.1}  # with a favoured stem
+FAVOUR = 2.0  # a favoured stem's weight in the loss
 LAST_SHARE = 0.85  # of the splits train at the last step, the only one that the mask method uses
 STATISTICS = "latents.pt"
 KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
@@ -53,7 +56,7 @@ class Frozen:
     tokenizer: Tokenizer
     thresholds: Thresholds
     scale: float  # latents x scale have unit deviation
-    channel_weight: torch.Tensor  # (Z, 1, 1), mean 1
+    metric: torch.Tensor  # (S, Z, Z), the root of how much an error of a stem's latents weighs
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,41 @@ class Batch:
 
 
 def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
-    """Loads VAE and towers. The latents' deviation is measured on 64 windows once, kept in `statistics`."""
+    """Loads VAE and towers. The latents' statistics are measured on 64 windows once, kept in `statistics`."""
     vae = load_ema(vae_run, PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels)))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
     sizes = CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size(), mels=GEOMETRY.n_mels)
     towers = load_ema(towers_run, CaptionTowers(sizes))
     if not statistics.exists():
-        mels = draw(songs, 64, np.random.default_rng(0)).mels.flatten(0, 1)[:, None]
-        with torch.no_grad():
-            mean, _ = vae.moments(mels)
-        torch.save({"scale": 1 / float(mean.std()), "deviation": mean.std((0, 2, 3))}, statistics)
+        torch.save(measure_latents(vae, songs), statistics)
     stored = torch.load(statistics, weights_only=True)
-    weight = stored["deviation"] / stored["deviation"].mean()
-    thresholds = load_thresholds(towers_run)
-    return Frozen(vae, towers, tokenizer, thresholds, stored["scale"], weight[:, None, None])
+    return Frozen(vae, towers, tokenizer, load_thresholds(towers_run), stored["scale"], stored["metric"])
+
+
+@torch.no_grad()
+def measure_latents(vae: PatchVAE, songs: list[RenderedSong], scale: float | None = None) -> dict[str, Any]:
+    """scale (one over the deviation where none is given) and metric of `Frozen`, from 64 windows."""
+    mels = draw(songs, 64, np.random.default_rng(0)).mels
+    mean, _ = vae.moments(mels.flatten(0, 1)[:, None])
+    deviation = mean.std((0, 2, 3))
+    return {"scale": scale or 1 / float(mean.std()), "metric": error_metric(vae.decoder, deviation, mels)}
+
+
+def error_metric(decoder: Decoder, deviation: torch.Tensor, mels: torch.Tensor) -> torch.Tensor:
+    """(S, Z, Z) upper triangular R, so that |R e|^2 / Z is what an error e of a stem's latents weighs.
+
+    deviation (Z,) of the latents, mels (B, S, frames, bands). Half of the weight follows the channels'
+    deviation, which is where loud, slow structure is. Half follows what the decoder's linear layer makes of
+    the error in the bands in which the stem is heard, by the root of the magnitude: the harmonics of a bass
+    lie in few bands and weak channels, and by deviation alone they were the last thing to be learnt.
+    """
+    loudness = mels.exp().sqrt().mean((0, 2))
+    writing = decoder.linear.weight
+    bands = loudness.repeat(1, decoder.config.frames)
+    heard = torch.einsum("pz,sp,py->szy", writing, bands, writing)
+    heard = heard / heard.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    plain = torch.diag(deviation / deviation.mean())
+    return torch.linalg.cholesky((heard + plain) / 2).mT.contiguous()
 
 
 def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -104,13 +128,21 @@ def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[n
     return known
 
 
-def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Batch:
-    """Encodes a batch of windows and draws a task and conditions for each."""
+def make_batch(
+    windows: Windows, frozen: Frozen, rng: np.random.Generator, favoured: int | None = None
+) -> Batch:
+    """Encodes a batch of windows and draws a task and conditions for each.
+
+    favoured: number of a stem that three of four fills ask for, and whose errors weigh FAVOUR times as much.
+    """
     batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
-    task = rng.choice(list(SHARES), size=batch, p=list(SHARES.values()))
+    shares = SHARES if favoured is None else FAVOURING
+    task = rng.choice(list(shares), size=batch, p=list(shares.values()))
     split, fill = task == "split", task == "fill"
     subset = rng.random((batch, stems)) < 0.5
+    if favoured is not None:
+        subset[:, favoured] &= rng.random(batch) < 0.5
     subset[subset.all(1)] = np.eye(stems, dtype=bool)[0]
     subset[~subset.any(1)] = np.eye(stems, dtype=bool)[int(rng.integers(stems))]
     as_mixture = fill & (rng.random(batch) < 0.25)  # the known stems arrive mixed down
@@ -138,6 +170,8 @@ def make_batch(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> Ba
     mixture_mask = heard.float()[:, None].repeat(1, length)
     unasked = torch.from_numpy(mixed & unnamed[:, None])  # stems that are in the other material
     loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0) * (~unasked).float()[:, :, None]
+    if favoured is not None:
+        loss_mask[:, favoured] *= FAVOUR
     heard_chords = conditions.heard_chords(windows, length, rng)
     told = torch.from_numpy(rng.random(batch) < 0.3)[:, None, None]
     inputs = {
@@ -189,7 +223,7 @@ def diffusion_loss(
     alphas: torch.Tensor,
     device: str,
 ) -> tuple[torch.Tensor, Logs]:
-    """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted per channel.
+    """v-prediction (Salimans & Ho 2022): x = a x0 + s eps, v = a eps - s x0, weighted by `error_metric`.
 
     Whole mixtures at the last step are asked for their masks too: there the prediction is a split.
     """
@@ -199,7 +233,8 @@ def diffusion_loss(
     x = a * batch.latents + s * noise
     with mixed_precision(device):
         v = model(x, t, **batch.inputs).float()
-    error = ((v - (a * noise - s * batch.latents)) ** 2 * frozen.channel_weight.to(device)).mean((2, 4))
+    error = v - (a * noise - s * batch.latents)
+    error = (torch.einsum("syz,bsztf->bsytf", frozen.metric.to(device), error) ** 2).mean((2, 4))
     per_sample = (error * batch.loss_mask).sum((1, 2)) / batch.loss_mask.sum((1, 2)).clamp_min(1)
     loss = per_sample.mean()
     logs = {"mse": loss.item()}
@@ -233,8 +268,11 @@ def mask_loss(
 class BatchStream(IterableDataset[Batch]):
     """Endless training batches, for loader processes beside the training one."""
 
-    def __init__(self, data: Path, frozen: Frozen, batch: int, seed: int) -> None:
+    def __init__(
+        self, data: Path, frozen: Frozen, batch: int, seed: int, favoured: int | None = None
+    ) -> None:
         self.data, self.frozen, self.batch, self.seed = data, frozen, batch, seed
+        self.favoured = favoured
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -248,7 +286,7 @@ class BatchStream(IterableDataset[Batch]):
                 # half windows cost half, so most steps see twice as many songs
                 parts = 2 if rng.random() < SHORT_SHARE else 1
                 windows = draw(songs, self.batch * parts, rng, frames=FRAMES // parts)
-                yield make_batch(windows, self.frozen, rng)
+                yield make_batch(windows, self.frozen, rng, self.favoured)
 
 
 def main() -> None:
@@ -259,6 +297,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="training folder of the VAE")
     parser.add_argument("--towers", type=Path, required=True, help="training folder of the towers")
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
+    parser.add_argument("--favour", choices=STEMS, help="a stem to train more than the others")
     args = parser.parse_args()
     config = loop_config(args, validate_every=300.0)
     rng = np.random.default_rng(args.seed)
@@ -269,7 +308,8 @@ def main() -> None:
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     model = StemUNet(StemUNetConfig(film=frozen.towers.config.embedding))
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
-    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed)
+    favoured = STEMS.index(args.favour) if args.favour else None
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
     def loss_of(network: StemUNet, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
