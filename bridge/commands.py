@@ -242,8 +242,8 @@ def import_bundle(
     out: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     weights: Annotated[Literal["ema", "raw"], typer.Option("--weights", help="Which copy to read.")] = "ema",
     precision: Annotated[
-        Literal["fp32", "fp16", "fp16-compute"],
-        typer.Option("--precision", help="How weights are stored; fp16-compute is for a GPU."),
+        Literal["fp32", "fp16", "fp16-compute", "int8"],
+        typer.Option("--precision", help="Of the weights; fp16-compute is for a GPU, int8 for a CPU."),
     ] = "fp32",
     vae: Annotated[Path | None, typer.Option("--vae", help="The VAE's file, where CKPT has none.")] = None,
     vocoder: Annotated[Path | None, typer.Option("--vocoder", help="The vocoder's, likewise.")] = None,

@@ -18,7 +18,7 @@ import torch
 
 from engine.errors import BacklineError
 from engine.manifest import GRAPHS, Manifest
-from export.onnx_writer import OPSET, Input, Shape, write_graph
+from export.onnx_writer import OPSET, Input, Precision, Shape, write_graph
 
 MANIFEST = "manifest.json"
 Progress = Callable[[str, float], None]
@@ -29,8 +29,7 @@ def export_bundle(
     manifest: Manifest,
     networks: Mapping[str, torch.nn.Module],
     *,
-    half: bool = False,
-    half_compute: bool = False,
+    precision: Precision = "fp32",
     extra: Mapping[str, bytes] | None = None,
     times: Sequence[int] = (16, 24),
     tolerance: float | None = None,
@@ -41,8 +40,8 @@ def export_bundle(
 
     A module is called with its graph's inputs in the order of `graph_inputs`, and each graph is compared with
     it at batches 1 and 2 and at the latent lengths `times`, two multiples of what the networks downsample by.
-    `half` stores weights in float16, and with `half_compute` the UNet's convolutions, matrix products and
-    attention run in it. How far each graph is from torch goes into the manifest's provenance.
+    precision: of the UNet as `write_graph` has it; the others' weights are float16 unless it is fp32. How far
+    each graph is from torch goes into the manifest's provenance.
 
     Raises BacklineError where `out` exists (without `force`), cannot be written or the disk is full, and
     onnx_writer.ExportMismatch where a graph does not match its module. Nothing is left at `out` then.
@@ -62,16 +61,14 @@ def export_bundle(
                 graph_outputs(manifest, graph),
                 folder / f"{graph}.onnx",
                 sizes=_check_sizes(manifest, times),
-                half=half,
-                half_compute=half_compute and graph == "unet",
+                precision=precision if graph == "unet" or precision == "fp32" else "fp16",
                 tolerance=tolerance,
             )
         for name, content in (extra or {}).items():
             (folder / name).write_bytes(content)
         export = {
             "opset": OPSET,
-            "weights": "float16" if half else "float32",
-            "unet_compute": "float16" if half_compute else "float32",
+            "precision": precision,
             "relative_error": {graph: float(f"{error:.1e}") for graph, error in errors.items()},
         }
         return manifest.model_copy(update={"provenance": {**manifest.provenance, "export": export}})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -24,6 +24,7 @@ from export.checkpoint import LazyTensor, open_checkpoint
 from export.hifigan import HifiGan, HifiGanConfig
 from export.import_clap import Towers, clap_part, read_towers
 from export.kl_vae import Decoder, Encoder, KlVae
+from export.onnx_writer import Precision
 from export.reference_config import ReferenceConfig, read_config
 from export.tensor_source import Source, load_network
 from export.unet3d import UNet3d
@@ -83,7 +84,7 @@ def import_checkpoint(
     out: Path,
     *,
     weights: Literal["ema", "raw"] = "ema",
-    precision: Literal["fp32", "fp16", "fp16-compute"] = "fp32",
+    precision: Precision = "fp32",
     vae: Path | None = None,
     vocoder: Path | None = None,
     clap: Path | None = None,
@@ -96,17 +97,16 @@ def import_checkpoint(
     """Write the bundle `out` from a released checkpoint (.ckpt, or the .tar.gz that holds it).
 
     config: the release's YAML, or JSON. vae, vocoder, clap: files for what `ckpt` lacks; where both have it
-    the separate file is used. tokenizer: a folder with roberta-base's tokenizer. precision: how weights are
-    stored; arithmetic is float32, but for the UNet's convolutions and products with fp16-compute, which is
-    for a GPU. callback: phase and fraction; raises to cancel.
+    the separate file is used. tokenizer: a folder with roberta-base's tokenizer. precision: as
+    `export.onnx_writer.write_graph` has it. callback: phase and fraction; raises to cancel.
 
     Raises BacklineError, one sentence, for files that are missing, truncated or of another model, for a
     tensor that is missing, misshapen or depends on a foreign object, and where `out` cannot be written.
     """
     if weights not in ("ema", "raw"):
         raise UsageError(f"There are no {weights!r} weights: choose ema or raw.")
-    if precision not in ("fp32", "fp16", "fp16-compute"):
-        raise UsageError(f"There is no precision {precision!r}: choose fp32, fp16 or fp16-compute.")
+    if precision not in get_args(Precision):
+        raise UsageError(f"There is no precision {precision!r}: choose {', '.join(get_args(Precision))}.")
     out = Path(out)
     check_target(out, force)
     scratch = _scratch(out)
@@ -159,8 +159,7 @@ def import_checkpoint(
             out,
             manifest,
             graphs,
-            half=precision != "fp32",
-            half_compute=precision == "fp16-compute",
+            precision=precision,
             extra=towers.files(),
             times=(stride, 2 * stride + 1),
             force=force,

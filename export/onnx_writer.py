@@ -28,7 +28,8 @@ from engine.errors import BacklineError
 
 OPSET = 20
 INLINE_LIMIT = 500_000_000  # bytes of weights; past 2 GB one protobuf message cannot hold them
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+Precision = Literal["fp32", "fp16", "fp16-compute", "int8"]
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "fp16-compute": 2e-2, "int8": 0.2}
 # What a GPU's matrix units do in half precision; norms, softmax, sums and everything between stay in float32.
 HALF_COMPUTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MultiHeadAttention")
 _EXTERNAL_ALIGNMENT = 4096  # lets onnxruntime map the weights instead of reading them
@@ -61,8 +62,7 @@ def write_graph(
     path: Path,
     *,
     sizes: Sequence[Mapping[str, int]],
-    half: bool = False,
-    half_compute: bool = False,
+    precision: Precision = "fp32",
     tolerance: float | None = None,
     external: bool | None = None,
     seed: int = 0,
@@ -70,22 +70,19 @@ def write_graph(
     """Write `module`, called with the inputs in order, as the ONNX file `path`; return its worst error.
 
     `sizes` gives values for every dynamic axis of the inputs, two different sets or more: the module is
-    traced at the first and compared at each, max|onnx - torch| / max|torch| per output. `half` stores
-    matrices and kernels in float16 with a cast to float32 in the graph, which onnxruntime folds away when it
-    loads. `half_compute` casts what goes into convolutions, matrix products and attention to float16 and
-    their results back, for a GPU; a CPU computes the same slower. `external` puts the weights in one file
-    `path`.data; None: when they pass 0.5 GB, because onnxruntime maps such a file and copies a large message
-    several times. `outputs` gives the shape of each output; its dynamic axes may have names that no input
-    has.
+    traced at the first and compared at each, max|onnx - torch| / max|torch| per output. `precision`: fp16
+    stores matrices and kernels in float16 with a cast to float32 in the graph, which onnxruntime folds away
+    when it loads. fp16-compute besides casts what goes into convolutions, matrix products and attention to
+    float16 and their results back, for a GPU; a CPU computes the same slower. int8 is fp16 with the matrices
+    in 8 bits, see `quantise`. `external` puts the weights in one file `path`.data; None: when they pass
+    0.5 GB, because onnxruntime maps such a file and copies a large message several times. `outputs` gives the
+    shape of each output; its dynamic axes may have names that no input has.
 
-    Raises ExportMismatch past `tolerance` (default 1e-4, with either half 2e-2) or when an output's shape is
-    not the declared one, and ValueError for sizes that cannot prove the dynamic axes. The file is removed
-    then.
+    Raises ExportMismatch past `tolerance` (default: TOLERANCE) or when an output's shape is not the declared
+    one, and ValueError for sizes that cannot prove the dynamic axes. The file is removed then.
     """
     _check_sizes(inputs, sizes)
-    limit = (
-        tolerance if tolerance is not None else TOLERANCE["float16" if half or half_compute else "float32"]
-    )
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
     path = Path(path)
     _data_path(path).unlink(missing_ok=True)  # an earlier graph's
     rng = np.random.default_rng(seed)
@@ -93,9 +90,11 @@ def write_graph(
     try:
         with _evaluating(module):
             graph = _trace(module, inputs, outputs, feeds[0], path)
-            if half_compute:
+            if precision == "fp16-compute":
                 compute_in_half(graph)
-            _attach_weights(graph, module, path, half=half, external=external)
+            _attach_weights(graph, module, path, half=precision != "fp32", external=external)
+            if precision == "int8":
+                quantise(path)
             onnx.checker.check_model(str(path))
             return compare(module, path, feeds, outputs, sizes, limit)
     except BaseException:
@@ -230,6 +229,70 @@ def compute_in_half(model: onnx.ModelProto) -> None:
         nodes += [node, helper.make_node("Cast", [label], [made], to=TensorProto.FLOAT)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def quantise(path: Path) -> None:
+    """The matrices of the graph at `path` in 8 bits, a scale per column; replaces the file(s).
+
+    What is multiplied with them gets its 8 bits and scale at run time, so nothing has to be calibrated. It
+    pays on processors with 8-bit dot products (VNNI); convolutions stay as they are, onnxruntime's in 8 bits
+    being slower than its float ones.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    model = onnx.load(str(path))
+    apart = _data_path(path).exists()
+    path.unlink()
+    _data_path(path).unlink(missing_ok=True)
+    _fold_matrices(model)
+    add_pre_process_metadata(model)  # else it advises to do what has just been done
+    quantize_dynamic(
+        model,
+        str(path),
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=apart,
+    )
+
+
+def _fold_matrices(model: onnx.ModelProto) -> None:
+    """Casts and transposes of weights before a product, in place: quantize_dynamic looks for constants."""
+    stored = {item.name: item for item in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    made = {node.output[0]: node for node in model.graph.node}
+    folded: dict[str, NDArray[np.generic]] = {}
+    for name in {node.input[1] for node in products}:
+        chain, source = [], name
+        while source in made and made[source].op_type in ("Cast", "Transpose"):
+            chain.append(made[source])
+            source = made[source].input[0]
+        if chain and source in stored:
+            array = numpy_helper.to_array(stored[source])
+            for node in reversed(chain):
+                array = array.astype(np.float32) if node.op_type == "Cast" else array.transpose()
+            folded[name] = np.ascontiguousarray(array)
+    nodes = [node for node in model.graph.node if node.output[0] not in folded]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in folded.items())
+    _drop_unread(model)
+
+
+def _drop_unread(model: onnx.ModelProto) -> None:
+    """Removes nodes and weights that nothing reads any more, in place."""
+    graph = model.graph
+    read = {item.name for item in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if read & set(node.output):
+            nodes.append(node)
+            read |= set(node.input)
+    kept = [item for item in graph.initializer if item.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(nodes))
+    graph.initializer.extend(kept)
 
 
 def _attach_weights(

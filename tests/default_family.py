@@ -86,7 +86,7 @@ def write_default_bundle(folder: Path) -> Path:
         level=Level(mixture_db=-20.0, context_db=-22.0),
         networks={graph: _config(module) for graph, module in modules.items()},
     )
-    export_bundle(folder, manifest, modules, half=True, extra={"tokenizer.json": _tokenizer()})
+    export_bundle(folder, manifest, modules, precision="fp16", extra={"tokenizer.json": _tokenizer()})
     return folder
 
 

@@ -37,7 +37,7 @@ def test_float32_graphs_equal_torch(model: Model, graph: str, tmp_path: Path) ->
 
 def test_bundle_says_how_near_its_float16_graphs_are(model: Model) -> None:
     export = model.manifest.provenance["export"]
-    assert export["weights"] == "float16" and set(export["relative_error"]) == set(networks())
+    assert export["precision"] == "fp16" and set(export["relative_error"]) == set(networks())
     assert all(0 < error <= 2e-2 for error in export["relative_error"].values())
 
 

@@ -171,7 +171,7 @@ def test_the_graph_computes_what_torch_does(tmp_path: Path) -> None:
         )
         path = tmp_path / f"{steps}.onnx"
         error = write_graph(
-            GriffinLim(config), inputs, outputs, path, sizes=sizes, half=True, tolerance=limit
+            GriffinLim(config), inputs, outputs, path, sizes=sizes, precision="fp16", tolerance=limit
         )
         assert error <= limit
     assert path.stat().st_size < 1_000_000, "each table is stored once"

@@ -408,8 +408,8 @@ def test_configurations_that_do_not_fit(files: Files, tmp_path: Path) -> None:
 def test_options_and_target(files: Files, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'best'"):
         import_checkpoint(files.path, files.config_path, tmp_path / "x", weights="best")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="'int8'"):
-        import_checkpoint(files.path, files.config_path, tmp_path / "x", precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="'int4'"):
+        import_checkpoint(files.path, files.config_path, tmp_path / "x", precision="int4")  # type: ignore[arg-type]
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(BacklineError, match="exists"):
         import_checkpoint(files.path, files.config_path, tmp_path / "taken")
@@ -482,7 +482,7 @@ def test_the_command(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture
     ran = backline(capsys, "import", files.path, *common, "--precision", "fp16", "--json")
     assert ran.status == 0 and ran.json["status"] == "done"
     assert ran.json["read"]["vocoder"] > 0 and ran.json["missing"]
-    assert Model.open(tmp_path / "bundle", "cpu", 1).manifest.provenance["export"]["weights"] == "float16"
+    assert Model.open(tmp_path / "bundle", "cpu", 1).manifest.provenance["export"]["precision"] == "fp16"
     refused(backline(capsys, "import", files.path, *common), 1, "bundle exists", "--force")
     refused(backline(capsys, "import", tmp_path / "no.ckpt", *common, "--force"), 1, "no.ckpt does not exist")
     refused(backline(capsys, "import", files.path, *common, "--weights", "best"), 2, "best")

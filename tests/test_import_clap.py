@@ -248,9 +248,19 @@ def test_towers_export(half: bool, tmp_path: Path) -> None:
     tokens.append(Input("attention_mask", ("batch", "length"), "mask"))
     sizes = [{"batch": 1, "length": 5}, {"batch": 3, "length": 9}]
     outputs = {"embedding": ("batch", EMBEDDING)}
-    assert write_graph(text, tokens, outputs, tmp_path / "text.onnx", sizes=sizes, half=half) <= limit  # type: ignore[arg-type]
+    assert (
+        write_graph(
+            text, tokens, outputs, tmp_path / "text.onnx", sizes=sizes, precision="fp16" if half else "fp32"
+        )
+        <= limit
+    )  # type: ignore[arg-type]
     inputs = [Input("audio", ("batch", SMALL_AUDIO.samples))]
-    assert write_graph(audio, inputs, outputs, tmp_path / "audio.onnx", sizes=sizes, half=half) <= limit  # type: ignore[arg-type]
+    assert (
+        write_graph(
+            audio, inputs, outputs, tmp_path / "audio.onnx", sizes=sizes, precision="fp16" if half else "fp32"
+        )
+        <= limit
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

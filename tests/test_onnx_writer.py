@@ -28,6 +28,15 @@ class Net(nn.Module):
         return self.linear(hidden.transpose(1, 2)).transpose(1, 2)
 
 
+class Wide(Net):
+    """Its matrix is large enough for onnx to keep it in another file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 512, 3, padding=1)
+        self.linear = nn.Linear(512, 4)
+
+
 class Baked(Net):
     """Traces its length as a constant."""
 
@@ -65,7 +74,7 @@ def test_half_stores_kernels_in_two_bytes_and_external_data_in_one_file(
     tmp_path: Path, external: bool
 ) -> None:
     path = tmp_path / "net.onnx"
-    error = write_graph(Net(), INPUTS, OUTPUTS, path, sizes=SIZES, half=True, external=external)
+    error = write_graph(Net(), INPUTS, OUTPUTS, path, sizes=SIZES, precision="fp16", external=external)
     assert 0 < error <= 2e-2
     stored = {item.name: item.data_type for item in onnx.load(str(path)).graph.initializer}
     assert stored["conv.weight.float16"] == onnx.TensorProto.FLOAT16
@@ -76,7 +85,7 @@ def test_half_stores_kernels_in_two_bytes_and_external_data_in_one_file(
 
 def test_half_compute_casts_products_and_leaves_the_rest_in_float32(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
-    error = write_graph(Net(), INPUTS, OUTPUTS, path, sizes=SIZES, half=True, half_compute=True)
+    error = write_graph(Net(), INPUTS, OUTPUTS, path, sizes=SIZES, precision="fp16-compute")
     assert 0 < error <= 2e-2
     graph = onnx.load(str(path)).graph
     made = {name: node for node in graph.node for name in node.output}
@@ -88,6 +97,19 @@ def test_half_compute_casts_products_and_leaves_the_rest_in_float32(tmp_path: Pa
         assert all(cast.attribute[0].i == onnx.TensorProto.FLOAT16 for cast in casts)
         (back,) = (other for other in graph.node if node.output[0] in other.input)
         assert back.op_type == "Cast" and back.attribute[0].i == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_int8_keeps_matrices_in_one_byte_and_kernels_in_two(tmp_path: Path, external: bool) -> None:
+    path = tmp_path / "net.onnx"
+    error = write_graph(Wide(), INPUTS, OUTPUTS, path, sizes=SIZES, precision="int8", external=external)
+    assert 1e-4 < error <= 5e-2
+    graph = onnx.load(str(path)).graph
+    stored = {item.name: item.data_type for item in graph.initializer}
+    assert stored["conv.weight.float16"] == onnx.TensorProto.FLOAT16
+    assert "linear.weight.float16" not in stored
+    assert "MatMulInteger" in {node.op_type for node in graph.node}
+    assert (tmp_path / "net.onnx.data").exists() == external
 
 
 @pytest.mark.parametrize("kind", [Baked, Deaf])

@@ -6,12 +6,14 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Sampling, Vocoder
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
+from export.onnx_writer import Precision
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
     parser.add_argument("--mask-power", type=float, default=MASK_POWER, help="exponent of split's masks")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     runs = {name: args.runs / name for name in ("vae", "towers", "unet")}
@@ -100,7 +103,9 @@ def main() -> None:
         "clap_audio": towers.audio,
     }
     extra = {"tokenizer.json": for_prompts(frozen.tokenizer).to_str(pretty=True).encode()}
-    written = export_bundle(args.out, manifest, networks, half=True, extra=extra, force=args.force)
+    written = export_bundle(
+        args.out, manifest, networks, precision=args.precision, extra=extra, force=args.force
+    )
     size = sum(p.stat().st_size for p in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error']}")
 

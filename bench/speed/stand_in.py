@@ -68,7 +68,12 @@ def write_stand_in(out: Path, width: int = WIDTH, frames: int = FRAMES, *, half:
         },
     )
     export_bundle(
-        out, manifest, networks, half=half, times=(unet_config.stride, 2 * unet_config.stride + 1), force=True
+        out,
+        manifest,
+        networks,
+        precision="fp16" if half else "fp32",
+        times=(unet_config.stride, 2 * unet_config.stride + 1),
+        force=True,
     )
     return unet
 
