@@ -5,7 +5,7 @@
 set -eu
 out=$1
 shift
-width=192 frames=256 device=cuda half=--half
+width=192 frames=256 device=cuda precision=fp16-compute
 while [ $# -gt 0 ]; do
     case $1 in
     --wheels)
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     --dry-run)
-        width=32 frames=16 device=cpu half=
+        width=32 frames=16 device=cpu precision=fp16
         shift
         ;;
     *)
@@ -29,6 +29,7 @@ bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 [ "$device" = cpu ] || nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv >"$out/gpu.csv"
 speed="python3 -m bridge.cli bench speed --full --device $device"
-python3 -m bench.speed.stand_in --out "$bundle/stand-in" --width $width --frames $frames $half
+python3 -m bench.speed.stand_in --out "$bundle/stand-in" --width $width --frames $frames --precision $precision
 $speed --no-reference --model "$bundle/stand-in" --out "$out/full-size"
+$speed --no-reference --model "$bundle/stand-in" --cuda-graph --out "$out/full-size-cuda-graph"
 $speed --no-reference --out "$out/default"

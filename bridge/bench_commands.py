@@ -25,6 +25,9 @@ def speed(
     reference: Annotated[
         bool, typer.Option("--reference/--no-reference", help="With --full: the reference's 3-D UNet, too.")
     ] = True,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On a GPU: record the UNet's kernels and replay them.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for speed.json, speed.md and speed.png.")
     ] = None,
@@ -42,6 +45,7 @@ def speed(
             full=full,
             reference={} if reference else None,
             report=callback,
+            cuda_graph=cuda_graph,
         )
     for warning in result["warnings"]:
         say(warning)

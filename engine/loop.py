@@ -28,7 +28,7 @@ PASSES = (1, 2, 4)  # of the UNet in one step: without guidance, by one conditio
 # A row of the step graph's table, see export/step_graph.py.
 COLUMNS = ("alpha", "noise", "keep", "take", "x", "clean", "previous", "fresh", "alpha_next", "noise_next")
 STATE = ("x", "previous", "counter")
-_numbers = itertools.count(1)
+graph_numbers = itertools.count(1)  # names of CUDA graphs; each is recorded over buffers of its own
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _open(model: Model, unet_feeds: Feeds, step_feeds: Feeds, passes: int) -> _L
         binding.bind_ortvalue_output("latents", values["latents"])
         binding.bind_ortvalue_output("timestep", values["timestep"])
         steps.append(binding)
-    return _Loop(values, sides, unet, steps, next(_numbers))
+    return _Loop(values, sides, unet, steps, next(graph_numbers))
 
 
 def _fill(value: Any, array: NDArray[Any]) -> None:

@@ -50,12 +50,13 @@ class Model:
     that onnxruntime really gave. warnings: sentences for the user, such as a fall back to the CPU.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, threads: int):
+    def __init__(self, bundle: Bundle, device: Device, threads: int, cuda_graph: bool = False):
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.schedule: Schedule = make_schedule(bundle.manifest.schedule)
         self.device = device
         self.threads = threads
+        self.cuda_graph = cuda_graph
         self.warnings: list[str] = []
         self.seconds_loading = 0.0
         self.loops: dict[Any, Any] = {}  # buffers of engine.loop that wait for the next window
@@ -65,19 +66,27 @@ class Model:
 
     @classmethod
     def open(
-        cls, path: str | Path | None = None, device: Device = "auto", threads: int | None = None
+        cls,
+        path: str | Path | None = None,
+        device: Device = "auto",
+        threads: int | None = None,
+        *,
+        cuda_graph: bool = False,
     ) -> Model:
         """Checks the bundle (None: the embedded default) and starts its UNet.
 
-        threads: onnxruntime's, by default the cores this process may use. Raises BacklineError as
-        `load_bundle`, and where onnxruntime is missing or a graph does not fit the manifest.
+        threads: onnxruntime's, by default the cores this process may use. cuda_graph: on a GPU, record the
+        UNet's kernels once per window shape and replay them, where onnxruntime allows it.
+
+        Raises BacklineError as `load_bundle`, and where onnxruntime is missing or a graph does not fit the
+        manifest.
         """
         if device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"There is no device {device!r}: choose auto, cpu or cuda.")
         if threads is not None and threads < 1:
             raise UsageError(f"The number of threads must be at least 1, not {threads}.")
         started = time.perf_counter()
-        model = cls(load_bundle(path), device, threads or available_cores())
+        model = cls(load_bundle(path), device, threads or available_cores(), cuda_graph)
         check_unet_inputs(model.manifest, model.inputs("unet"))
         model.seconds_loading = time.perf_counter() - started
         return model
@@ -257,7 +266,7 @@ class Model:
         else:
             path = self.bundle.path(f"{graph}.onnx")
         wanted = self._wanted_provider(sessions.import_onnxruntime())
-        session = sessions.start(path, sessions.options_for(graph, wanted, self.threads))
+        session = self._start_session(graph, path, wanted)
         if session.get_providers()[0] != wanted:
             self._warn("The GPU could not be used by onnxruntime: this runs on the CPU.")
         elif wanted == PROVIDERS["cuda"]:
@@ -267,6 +276,17 @@ class Model:
         if graph in OUTPUTS and OUTPUTS[graph] not in {output.name for output in session.get_outputs()}:
             raise BacklineError(f"{path} does not fit: it has no output {OUTPUTS[graph]}.")
         return session
+
+    def _start_session(self, graph: str, path: Path, wanted: str) -> Any:
+        plain = sessions.options_for(graph, wanted, self.threads)
+        recorded = sessions.options_for(graph, wanted, self.threads, cuda_graph=self.cuda_graph)
+        if recorded == plain:
+            return sessions.start(path, plain)
+        try:
+            return sessions.start(path, recorded)
+        except BacklineError as error:
+            self._warn(f"No CUDA graph: {error}")
+            return sessions.start(path, plain)
 
     def _wanted_provider(self, onnxruntime: Any) -> str:
         if self.device == "cpu":

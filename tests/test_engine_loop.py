@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_bundle import CHANNELS, SCHEDULE, STEMS, WINDOW, write_tiny_bundle
 
 from engine import loop, sessions
+from engine.errors import BacklineError
 from engine.loop import PASSES, Held, sample_on_device, step_graph_path
 from engine.model import Model
 from engine.samplers import SAMPLERS, linear_steps
@@ -220,3 +221,24 @@ def test_where_nodes_run_is_known(tiny_model: Model) -> None:
     assert nodes[sessions.CPU]["Einsum"] > 0
     assert "Einsum" in sessions.left_on_cpu(nodes)
     assert "Shape" not in sessions.left_on_cpu(nodes)
+
+
+def test_a_cuda_graph_that_onnxruntime_refuses_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but that the sessions run on the CPU: what is asked for first and what then."""
+    asked, start = [], sessions.start
+    plain = sessions.options_for("unet", sessions.CPU, 1)
+
+    def refusing(path: Path, options: sessions.Options) -> Any:
+        cuda = dict(options.providers).get(sessions.CUDA, {})
+        asked.append(cuda.get("enable_cuda_graph"))
+        if asked[-1] == "1":
+            raise BacklineError("a node is on the CPU")
+        return start(path, plain)
+
+    monkeypatch.setattr(sessions, "start", refusing)
+    monkeypatch.setattr(Model, "_wanted_provider", lambda self, onnxruntime: sessions.CUDA)
+    model = Model.open(write_tiny_bundle(tmp_path / "tiny"), "cuda", 1, cuda_graph=True)
+    assert asked == ["1", "0"]
+    assert model.warnings[0] == "No CUDA graph: a node is on the CPU"

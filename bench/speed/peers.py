@@ -15,6 +15,7 @@ from bench.speed.ceilings import Ceilings
 from bench.speed.cost import Cost
 from bench.speed.networks import torch_unet, why_not_torch
 from bench.timing import interleaved
+from engine.loop import graph_numbers
 from engine.model import Model
 
 Feed = Mapping[str, NDArray[Any]]
@@ -38,9 +39,10 @@ def session_call(model: Model, graph: str, feed: Feed, device: str) -> Call:
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, device, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, device, 0)
+    options = model.run_options(graph=next(graph_numbers) if model.cuda_graph else None)
 
     def call() -> None:
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
 
     return call

@@ -46,11 +46,12 @@ def measure(
     report: Say,
     threads: int | None = None,
     reference: Mapping[str, int] | None = None,
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """Everything that is timed.
 
     full: also torch.compile, diffusers, batches, copies and a 3-D UNet of the reference's layout. reference:
-    its width and frames; empty for the usual ones, None for no such UNet.
+    its width and frames; empty for the usual ones, None for no such UNet. cuda_graph: as `Model.open` has it.
 
     Raises BacklineError where the bundle cannot be opened, and on a GPU without torch for CUDA.
     """
@@ -58,7 +59,7 @@ def measure(
     threads = threads or available_cores()
     rounds, limits = (FULL_ROUNDS, FULL_LIMITS) if full else (ROUNDS, LIMITS)
     report("load", 0.0)
-    model, loading = load_seconds(bundle, device, threads)
+    model, loading = load_seconds(bundle, device, threads, cuda_graph)
     where = "cuda" if model.provider == PROVIDERS["cuda"] else "cpu"
     report("count", 0.05)
     feeds, costs = stage_feeds(model), stage_costs(model)
@@ -72,6 +73,7 @@ def measure(
         "model": f"{model.manifest.name} {model.manifest.version}",
         "device": where,
         "provider": model.provider,
+        "cuda_graph": cuda_graph,
         "warnings": model.warnings,
         "threads": threads,
         "full": full,

@@ -100,10 +100,12 @@ def stage_rows(seconds: dict[str, float], costs: dict[str, Cost], ceilings: Ceil
     return rows
 
 
-def load_seconds(bundle: Path | None, device: Device, threads: int) -> tuple[Model, float]:
+def load_seconds(
+    bundle: Path | None, device: Device, threads: int, cuda_graph: bool = False
+) -> tuple[Model, float]:
     """A model with every session started, and how long that took."""
     started = time.perf_counter()
-    model = Model.open(bundle, device, threads)
+    model = Model.open(bundle, device, threads, cuda_graph=cuda_graph)
     for graph in ("vae_encoder", "vae_decoder", "vocoder"):
         model.inputs(graph)
     return model, time.perf_counter() - started

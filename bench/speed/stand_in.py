@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from engine.manifest import Latent, Manifest, Mel, NoiseSchedule, Sampling, Voco
 from export.bundle_writer import export_bundle
 from export.hifigan import HifiGan, HifiGanConfig
 from export.kl_vae import Decoder, Encoder, KlVae, KlVaeConfig
+from export.onnx_writer import Precision
 from export.unet3d import UNet3d, UNet3dConfig, fold_depth
 
 WIDTH, FRAMES = 192, 256
@@ -27,10 +29,12 @@ MEL = Mel(
 )
 
 
-def write_stand_in(out: Path, width: int = WIDTH, frames: int = FRAMES, *, half: bool = False) -> UNet3d:
+def write_stand_in(
+    out: Path, width: int = WIDTH, frames: int = FRAMES, *, precision: Precision = "fp32"
+) -> UNet3d:
     """Writes the bundle and returns its UNet in torch. VAE and vocoder shrink with the UNet's width.
 
-    width: of the UNet, a multiple of 32. frames: latent frames of a window. half: weights in float16.
+    width: of the UNet, a multiple of 32. frames: latent frames of a window. precision: as `write_graph`'s.
     """
     torch.manual_seed(0)
     unet_config = UNet3dConfig(width=width)
@@ -71,7 +75,7 @@ def write_stand_in(out: Path, width: int = WIDTH, frames: int = FRAMES, *, half:
         out,
         manifest,
         networks,
-        precision="fp16" if half else "fp32",
+        precision=precision,
         times=(unet_config.stride, 2 * unet_config.stride + 1),
         force=True,
     )
@@ -90,9 +94,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=WIDTH, help="of the UNet, a multiple of 32")
     parser.add_argument("--frames", type=int, default=FRAMES, help="latent frames of a window")
-    parser.add_argument("--half", action="store_true", help="weights in float16")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
     args = parser.parse_args()
-    write_stand_in(args.out, args.width, args.frames, half=args.half)
+    write_stand_in(args.out, args.width, args.frames, precision=args.precision)
 
 
 if __name__ == "__main__":
