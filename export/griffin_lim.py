@@ -32,6 +32,9 @@ SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs
 # heard. Gains end at 1 / sqrt(SOFT); the last step, which sets the levels, goes further.
 SOFT, LAST_SOFT = 0.1, 0.01
 BLOCKS = 8  # of bands: triangles reach their neighbours only, so most of a filterbank is zeros
+# What a mel at its floor stands for lies below it, by 8 dB on average on held-out stems. This share of the floor,
+# taken off in power, is 6 dB at the floor and 0.2 dB at four times it.
+BELOW = 0.87
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
 
@@ -227,7 +230,8 @@ class Search(nn.Module):
         c = self.config
         first, last = mel[..., :1], mel[..., -1:]
         padded = torch.cat([*[first] * EDGE, mel, *[last] * EDGE], -1)
-        magnitude = self._magnitude(padded.clamp(max=LOUDEST).exp().transpose(1, 2))
+        heard = padded.clamp(max=LOUDEST).exp().transpose(1, 2)
+        magnitude = self._magnitude((heard.square() - (BELOW * c.floor) ** 2).clamp_min(0).sqrt())
         phase = self._laid_out(first_phases(magnitude, 1 / OVERLAP)) * self.turn
         magnitude = self._laid_out(magnitude)
         audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())

@@ -150,6 +150,16 @@ def test_silence_stays_silent_and_loud_mels_stay_finite() -> None:
     assert torch.isfinite(loud).all()
 
 
+def test_what_was_clamped_at_the_floor_is_written_below_it() -> None:
+    level, frames = math.log(SMALL.floor), 60
+    with torch.no_grad():
+        floor, above = (
+            GriffinLim(SMALL)(torch.full((1, 40, frames), level + math.log(times)))[0].square().mean().sqrt()
+            for times in (1.0, 4.0)
+        )
+    assert float(above / floor) == pytest.approx(4 * 0.976 / 0.493, rel=0.1)
+
+
 def test_more_steps_come_nearer_to_the_mel() -> None:
     signal = notes([45, 57, 61]) + 0.01 * torch.randn(88200, generator=torch.Generator().manual_seed(0))
     mel = log_mel(signal[None])
