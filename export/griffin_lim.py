@@ -32,8 +32,8 @@ SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs
 # heard. Gains end at 1 / sqrt(SOFT); the last step, which sets the levels, goes further.
 SOFT, LAST_SOFT = 0.1, 0.01
 BLOCKS = 8  # of bands: triangles reach their neighbours only, so most of a filterbank is zeros
-# What a mel at its floor stands for lies below it, by 8 dB on average on held-out stems. This share of the floor,
-# taken off in power, is 6 dB at the floor and 0.2 dB at four times it.
+# What a mel at its floor stands for lies below it, by 8 dB on average on held-out stems. This share of the
+# floor, taken off in power, is 6 dB at the floor and 0.2 dB at four times it.
 BELOW = 0.87
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
