@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     --dry-run)
-        width=32 frames=16 device=cpu precision=fp16
+        width=32 frames=32 device=cpu precision=fp16
         shift
         ;;
     *)
