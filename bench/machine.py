@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from engine.model import available_cores
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, cores, memory in GiB, load averages as the measurement begins, and versions."""
+    """CPU, cores, memory in GiB, versions, and as the measurement begins load averages and `busy_cores`."""
     import onnxruntime
 
     return {
@@ -20,10 +21,32 @@ def describe_machine() -> dict[str, Any]:
         "cores": available_cores(),
         "memory_gib": round(_memory_gib(), 1),
         "load_average": [round(value, 2) for value in os.getloadavg()],
+        "busy_cores": round(busy_cores(), 2),
         "python": platform.python_version(),
         "torch": _version("torch"),
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that others keep busy while this process sleeps; 0 where the system does not count them.
+
+    A load average tells of the minute before: of what a measurement waited for, too.
+    """
+    before = _idle_seconds()
+    time.sleep(seconds)
+    idle = _idle_seconds() - before
+    cores = os.cpu_count() or 1
+    return max(0.0, cores - idle / seconds) if before else 0.0
+
+
+def _idle_seconds() -> float:
+    """Of all cores together, since the machine started."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    idle, waiting = path.read_text().split("\n", 1)[0].split()[4:6]
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
 
 
 def _version(package: str) -> str:

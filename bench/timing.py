@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 
 LEAST_ROUNDS = 2
-# A runtime's idle threads spin for some milliseconds after a call, and would take the cores from the next.
-PAUSE = 0.02
+# A runtime's idle threads spin after a call, OpenBLAS's for 2^26 cycles, and would take the next one's cores.
+PAUSE = 0.05
 
 
 def interleaved(

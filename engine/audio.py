@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import struct
 import tempfile
@@ -66,6 +67,28 @@ def empty(*shape: int) -> NDArray[np.float32]:
         raise _unwritable(Path(tempfile.gettempdir()), error) from error
 
 
+def release(*arrays: NDArray[np.float32]) -> None:
+    """Gives back the memory of what `empty` put into a file; the samples stay there and are read when needed.
+
+    A page of the file that was touched counts as this process's until then. Views of such an array will do;
+    other arrays are left as they are.
+    """
+    for array in arrays:
+        mapped: object = array
+        while isinstance(mapped, np.ndarray):
+            mapped = mapped.base
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def add_into(total: NDArray[np.float32], part: NDArray[np.float32]) -> None:
+    """total (..., n) += part (..., up to n samples), a block at a time."""
+    for start in range(0, part.shape[-1], BLOCK):
+        stop = min(start + BLOCK, part.shape[-1])
+        total[..., start:stop] += part[..., start:stop]
+        release(total, part)
+
+
 def check(audio: Audio, name: str, shortest: float = MIN_SECONDS) -> Audio:
     """The audio itself, if a task can use it. Raises BacklineError, a sentence that begins with `name`.
 
@@ -105,6 +128,7 @@ def mono(audio: Audio) -> NDArray[np.float32]:
         mean[start : start + BLOCK] = block.mean(axis=0)
         kept += float(np.square(mean[start : start + BLOCK], dtype=np.float64).sum())
         power += float(np.square(block, dtype=np.float64).sum()) / audio.channels
+        release(mean, block)
     return mean if kept >= 1e-4 * power else audio.samples[0]
 
 
@@ -188,11 +212,13 @@ def _resample_channel(source: NDArray[np.float32], old: int, target: NDArray[np.
         part = part[: len(target) - written]
         target[written : written + len(part)] = part
         written += len(part)
+        release(source, target)
 
 
 def _blocks(samples: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
     for start in range(0, samples.shape[1], BLOCK):
         yield samples[:, start : start + BLOCK]
+        release(samples)
 
 
 def _read_samples(file: soundfile.SoundFile) -> NDArray[np.float32]:
@@ -205,6 +231,7 @@ def _read_samples(file: soundfile.SoundFile) -> NDArray[np.float32]:
         else:
             samples[:, position : position + len(block)] = block.T
             position += len(block)
+            release(samples)
     read_so_far = np.zeros((file.channels, 0), np.float32) if samples is None else samples[:, :position]
     return np.concatenate([read_so_far, *parts], axis=1) if parts else read_so_far
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.audio import Audio, fit, mono, resample
+from engine.audio import Audio, fit, mono, release, resample
 from engine.features import log_mel, mel_level
 from engine.manifest import Manifest
 
@@ -25,9 +25,15 @@ def signal_level(signal: FloatArray, manifest: Manifest) -> float:
     size = manifest.window_samples
     shortest = 4 * manifest.mel.margin
     starts = [s for s in range(0, len(signal), size) if s == 0 or len(signal) - s >= shortest]
-    levels = np.array([mel_level(signal[None, s : s + size], manifest.mel) for s in starts])
+    levels = np.array([_level_at(signal, s, size, manifest) for s in starts])
     heard = levels[levels > levels.max() - GATE_DB]
     return float(10 * np.log10(np.mean(10 ** (heard / 10)))) if len(heard) else -np.inf
+
+
+def _level_at(signal: FloatArray, start: int, size: int, manifest: Manifest) -> float:
+    level = mel_level(signal[None, start : start + size], manifest.mel)
+    release(signal)
+    return level
 
 
 def gain_to(target_db: float, level_db: float) -> float:
@@ -54,4 +60,6 @@ def window_mel(
     if right > len(signal) >= right - pad:
         # A window that ends where the signal does is reflected, as it is in training.
         part = np.pad(part, (0, right - len(signal)), mode="reflect")
-    return log_mel(fit(part, right - left)[None] * np.float32(gain), mel, padded=True)[0]
+    part = fit(part, right - left)[None] * np.float32(gain)
+    release(signal)
+    return log_mel(part, mel, padded=True)[0]

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.audio import Audio, check, empty, fit, resample
+from engine.audio import Audio, check, empty, fit, release, resample
 from engine.denoisers import dirac, gaussian
 from engine.errors import UsageError
 from engine.features import istft, mel_edges, stft
@@ -137,6 +137,7 @@ def timeline_mels(signal: FloatArray, manifest: Manifest, total: int, gain: floa
     for start in range(0, total, window):
         frames = min(window, total - start)
         mels[start * ratio : (start + frames) * ratio] = window_mel(signal, manifest, start, frames, gain)
+        release(mels)
     return mels
 
 
@@ -195,6 +196,7 @@ def mask_mix(
         parts = parts[..., offset : offset + stop - start]
         parts += (mix.samples[:, start:stop] - parts.sum(axis=0)) / stems
         result[:, :, start:stop] = parts
+        release(result, mix.samples, stem_mels)
     if report is not None:
         report(1.0)
     return result

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from engine.audio import Audio, empty
+from engine.audio import Audio, add_into, empty
 from engine.errors import UsageError
 from engine.manifest import Manifest, Quality
 from engine.model import Model
@@ -50,7 +50,7 @@ class Take:
         parts = list(self.stems.values())
         total = empty(*parts[0].samples.shape)
         for part in parts:
-            total += part.samples
+            add_into(total, part.samples)
         return Audio(total, parts[0].sample_rate)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.audio import Audio, check, empty, fit, is_silent, resample
+from engine.audio import Audio, add_into, check, empty, fit, is_silent, resample
 from engine.conditions import check_tempo, chords_condition, grid_condition, parse_chords, prompt_film
 from engine.errors import UsageError
 from engine.harmony import UNPITCHED, heard_chords
@@ -350,7 +350,7 @@ def _sum(signals: Collection[FloatArray]) -> FloatArray:
     """Signals (n,) of any lengths -> their sum, as long as the longest."""
     total = empty(max(len(signal) for signal in signals))
     for signal in signals:
-        total[: len(signal)] += signal
+        add_into(total, signal)
     return total
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.audio import empty
+from engine.audio import empty, release
 from engine.batching import is_shared
 from engine.denoisers import guided, inpainted
 from engine.errors import BacklineError
@@ -160,6 +160,7 @@ def decode_timeline(model: Model, latents: FloatArray, report: Report) -> FloatA
         report(number / len(starts))
         block = _sound(model, model.decode(latents[:, :, start : start + window]))
         blend(mels, block, start * ratio, max(0, done - start) * ratio)
+        release(mels)
         done = start + window
     report(1.0)
     return mels
@@ -184,6 +185,7 @@ def vocode_timeline(model: Model, log_mels: FloatArray, report: Report) -> Float
         fade = min(FADE, shared)
         skipped = (shared - fade) // 2
         blend(audio, block[:, skipped * hop :], (start + skipped) * hop, fade * hop)
+        release(audio, log_mels)
         done = start + window
     report(1.0)
     return audio

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from engine import audio
-from engine.audio import Audio
+from engine.audio import BLOCK, Audio, add_into, empty, release
 from engine.errors import BacklineError
 
 
@@ -240,3 +240,26 @@ def test_mono_is_the_mean_unless_it_cancels() -> None:
 def test_silence_is_known() -> None:
     assert audio.is_silent(Audio(np.zeros((2, 10), np.float32), 16000))
     assert not audio.is_silent(noise())
+
+
+def test_released_pages_leave_memory_and_keep_their_samples() -> None:
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+    samples = empty(2, 8 << 20)  # 64 MiB
+    before = mapped()
+    samples[:] = 0.5
+    held = mapped()
+    release(samples[1, 100:])  # any view of it
+    assert held - before > 60_000 and held - mapped() > 60_000  # kB
+    assert samples.min() == samples.max() == 0.5
+    inside = np.ones(8, np.float32)
+    release(inside, inside[2:])
+    assert inside.sum() == 8
+
+
+def test_sums_of_long_signals_are_those_of_short_ones() -> None:
+    total, part = empty(2, 3 * BLOCK), np.ones((2, 2 * BLOCK + 7), np.float32)
+    add_into(total, part)
+    assert total[:, : part.shape[1]].min() == 1 and not total[:, part.shape[1] :].any()

@@ -6,11 +6,11 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
-from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Sampling, Vocoder
+from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Preset, Sampling, Vocoder
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
 from export.onnx_writer import Precision
@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--version", required=True, help="of the model, for its manifest")
     parser.add_argument("--steps", type=int, default=20, help="default of the jobs (%(default)s)")
+    parser.add_argument("--draft-steps", type=int, help="for --quality draft; half of --steps if not given")
+    parser.add_argument("--best-steps", type=int, help="for --quality best; twice --steps if not given")
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
@@ -60,6 +62,8 @@ def main() -> None:
     vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
     if args.vocoder:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
+    presets: dict[Literal["draft", "best"], int | None]
+    presets = {"draft": args.draft_steps, "best": args.best_steps}
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -74,7 +78,11 @@ def main() -> None:
         schedule=SCHEDULE,
         prediction="v",
         sampling=Sampling(
-            sampler=args.sampler, steps=args.steps, guidance=args.guidance, listening=args.listening
+            sampler=args.sampler,
+            steps=args.steps,
+            quality={name: Preset(sampler=args.sampler, steps=n) for name, n in presets.items() if n},
+            guidance=args.guidance,
+            listening=args.listening,
         ),
         window_frames=WINDOW,
         capabilities=("text", "audio", "context", "mixture", "grid", "chords"),

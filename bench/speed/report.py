@@ -55,7 +55,7 @@ def _diffusers_row(found: dict[str, Any] | None) -> Rows:
 def remarks(result: dict[str, Any]) -> list[str]:
     """Sentences below the tables."""
     found = []
-    if result["machine"]["load_average"][0] > BUSY * result["machine"]["cores"]:
+    if result["machine"]["busy_cores"] > BUSY:
         found.append(
             "The cores were not free as this began: torch's threads wait for each other in a spin, so "
             "its rows are far too slow, and nothing here is comparable. Run it again on a quiet machine."
