@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
-GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio")
-Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled"]
+GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio", "masks")
+Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled", "masks"]
 
 
 class _Part(BaseModel):
@@ -212,6 +212,8 @@ class Manifest(_Part):
             raise ValueError("the capability text needs a tokenizer")
         if ("grid" in declared) != (self.grid is not None):
             raise ValueError("the capability grid and its layout go together")
+        if "masks" in declared and "mixture" not in declared:
+            raise ValueError("the capability masks refines splits, which need mixture")
         if ("chords" in declared) != (self.chords is not None):
             raise ValueError("the capability chords and its layout go together")
         return self

@@ -38,6 +38,7 @@ OUTPUTS = {
     "vocoder": "audio",
     "clap_text": "embedding",
     "clap_audio": "embedding",
+    "masks": "mel",
 }
 GRAPHS = Path(__file__).parent / "graphs"  # what a bundle does not hold: the step graphs of engine.loop
 BATCH = 8  # windows or stems a graph is given at a time, so that memory stays bounded
@@ -117,6 +118,10 @@ class Model:
         """(N, frames, mels) -> (N, frames * vocoder.hop) at the vocoder's rate."""
         parts = [self._run("vocoder", mel=part.transpose(0, 2, 1)) for part in _tiles(log_mels)]
         return np.concatenate(parts)[:, 0, : log_mels.shape[1] * self.manifest.vocoder.hop]
+
+    def refine(self, stem_mels: FloatArray, mix_mels: FloatArray) -> FloatArray:
+        """Estimated log mels (S, frames, mels), the mix's (frames, mels) -> the stems' with finer masks."""
+        return self._run("masks", stems=stem_mels[None], mixture=mix_mels[None])[0]
 
     def embed_text(self, text: str) -> FloatArray:
         """(1, E). Raises UsageError where the bundle takes no text."""

@@ -93,6 +93,8 @@ def split(
         latents = _posterior_sample(model, signal, total, gain, method, settings, report)
     started = clock(timings, "sample", started)
     mels = decode_timeline(model, latents, stretch(callback, "render", 0.6, 0.7))
+    if one_look and model.supports("masks"):
+        mels = refined_mels(model, mels, signal, total, gain)
     names = [*manifest.stems, RESIDUAL] if residual else list(manifest.stems)
     rendering = stretch(callback, "render", 0.7, 1.0)
     if raw:
@@ -139,6 +141,23 @@ def timeline_mels(signal: FloatArray, manifest: Manifest, total: int, gain: floa
         mels[start * ratio : (start + frames) * ratio] = window_mel(signal, manifest, start, frames, gain)
         release(mels)
     return mels
+
+
+def refined_mels(
+    model: Model, stem_mels: FloatArray, signal: FloatArray, total: int, gain: float = 1.0
+) -> FloatArray:
+    """(S, frames, mels) with what the bundle's `masks` graph hears in the mix (n,), windows crossfaded."""
+    manifest = model.manifest
+    ratio, window = manifest.latent.frames, min(manifest.window_frames, total)
+    refined = empty(*stem_mels.shape)
+    done = 0
+    for start in window_starts(total, window, window // SEAM):
+        heard = window_mel(signal, manifest, start, window, gain)
+        block = model.refine(stem_mels[:, start * ratio : (start + window) * ratio], heard)
+        blend(refined, block, start * ratio, max(0, done - start) * ratio)
+        done = start + window
+        release(refined, stem_mels)
+    return refined
 
 
 def masks_from_mels(

@@ -12,6 +12,7 @@ from torch import nn
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Mel, NoiseSchedule, Sampling, Vocoder
 from export.bundle_writer import export_bundle
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
+from export.mask_refiner import MaskRefiner, MaskRefinerConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
@@ -41,7 +42,8 @@ def networks() -> dict[str, nn.Module]:
     towers = CaptionTowers(
         CaptionTowersConfig(len(WORDS), FILM, 16, 1, mels=MELS, audio_width=16, audio_blocks=1)
     )
-    for module in (unet, vae, vocoder, towers):
+    refiner = MaskRefiner(MaskRefinerConfig(mels=MELS, width=16, blocks=1, kernel=3))
+    for module in (unet, vae, vocoder, towers, refiner):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
     return {
@@ -51,6 +53,7 @@ def networks() -> dict[str, nn.Module]:
         "vocoder": vocoder,
         "clap_text": towers.text,
         "clap_audio": towers.audio,
+        "masks": refiner,
     }
 
 
@@ -77,7 +80,7 @@ def write_default_bundle(folder: Path) -> Path:
         prediction="v",
         sampling=Sampling(sampler="dpmpp_2m", steps=2),
         window_frames=WINDOW,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "masks"),
         film_dim=FILM,
         film_uncond=(0.1,) * FILM,
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),

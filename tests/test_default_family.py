@@ -23,7 +23,7 @@ def model(tiny_default_bundle: Path) -> Model:
 
 
 @pytest.mark.parametrize(
-    "graph", ["unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio"]
+    "graph", ["unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio", "masks"]
 )
 def test_float32_graphs_equal_torch(model: Model, graph: str, tmp_path: Path) -> None:
     """At lengths that the networks' own halving does not divide, too."""

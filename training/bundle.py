@@ -13,6 +13,7 @@ import torch
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Preset, Sampling, Vocoder
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
+from export.mask_refiner import MaskRefiner, MaskRefinerConfig
 from export.onnx_writer import Precision
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
@@ -21,7 +22,8 @@ from training.dataset import MIXTURE_DB, load_songs
 from training.loop import load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
-from training.train_unet import MASK_POWER, SCHEDULE, STATISTICS, freeze
+from training.train_masks import POWER
+from training.train_unet import SCHEDULE, STATISTICS, freeze
 
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
@@ -40,7 +42,9 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
-    parser.add_argument("--runs", type=Path, required=True, help="folder with vae/, towers/ and unet/")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder with vae/, towers/, unet/ and, if trained, masks/"
+    )
     parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--version", required=True, help="of the model, for its manifest")
@@ -50,11 +54,13 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
-    parser.add_argument("--mask-power", type=float, default=MASK_POWER, help="exponent of split's masks")
+    parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    runs = {name: args.runs / name for name in ("vae", "towers", "unet")}
+    runs = {name: args.runs / name for name in ("vae", "towers", "unet", "masks")}
+    if not runs["masks"].exists():
+        del runs["masks"]
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
@@ -62,8 +68,12 @@ def main() -> None:
     vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
     if args.vocoder:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
+    refiner = MaskRefiner(MaskRefinerConfig(mels=GEOMETRY.n_mels))
+    if "masks" in runs:
+        load_ema(runs["masks"], refiner)
     presets: dict[Literal["draft", "best"], int | None]
     presets = {"draft": args.draft_steps, "best": args.best_steps}
+    refined: tuple[Literal["masks"], ...] = ("masks",) if "masks" in runs else ()
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -85,7 +95,7 @@ def main() -> None:
             listening=args.listening,
         ),
         window_frames=WINDOW,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", *refined),
         film_dim=towers.config.embedding,
         film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),
@@ -100,7 +110,8 @@ def main() -> None:
             "vocoder": asdict(vocoder.config),
             "clap_text": asdict(towers.config),
             "clap_audio": asdict(towers.config),
-        },
+        }
+        | {name: asdict(refiner.config) for name in refined},
     )
     networks = {
         "unet": unet,
@@ -109,7 +120,7 @@ def main() -> None:
         "vocoder": vocoder,
         "clap_text": towers.text,
         "clap_audio": towers.audio,
-    }
+    } | dict.fromkeys(refined, refiner)
     extra = {"tokenizer.json": for_prompts(frozen.tokenizer).to_str(pretty=True).encode()}
     written = export_bundle(
         args.out, manifest, networks, precision=args.precision, extra=extra, force=args.force

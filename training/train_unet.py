@@ -255,8 +255,14 @@ def mask_loss(
     batch, stems = latents.shape[:2]
     with mixed_precision(device):
         decoded = decoder(latents.flatten(0, 1)).float()
-    power = decoded.unflatten(0, (batch, stems))[:, :, 0].mul(MASK_POWER).exp()
-    mask = power / power.sum(1, keepdim=True)
+    return mask_error(decoded.unflatten(0, (batch, stems))[:, :, 0], mels, mixture, MASK_POWER)
+
+
+def mask_error(
+    estimates: torch.Tensor, mels: torch.Tensor, mixture: torch.Tensor, power: float
+) -> torch.Tensor:
+    """The same of estimated log mels (B, S, frames, mels), whose magnitudes to `power` make the masks."""
+    mask = (estimates * power).softmax(1)
     estimate, truth = mask * mixture[:, None].exp(), mels.exp()
     error = ((estimate - truth) ** 2).sum((2, 3))
     energy = (truth**2).sum((2, 3))
