@@ -20,7 +20,7 @@ from engine.audio import read, resample, write
 from engine.errors import BacklineError, UsageError
 from engine.model import Device, Model
 from engine.take import Settings
-from plugin_host.exchange import export_session
+from plugin_host.exchange_formats import export_session
 from plugin_host.exchange_import import import_session
 from plugin_host.exchange_rpp import audio_folder
 from plugin_host.host import Placement, Span, audible, mix_down

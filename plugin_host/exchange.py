@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from engine.audio import Audio
-from engine.errors import BacklineError, UsageError
-from plugin_host.session import SessionHost
+from engine.errors import BacklineError
 from plugin_host.session_file import PluginState, Region, TempoPoint, TrackState
 
 Warn = Callable[[str], None]
@@ -73,33 +71,6 @@ class ReadProject:
     sample_rate: int
     tempo: list[tuple[float, float, int, int]]
     tracks: list[ReadTrack]
-
-
-def export_session(host: SessionHost, path: Path, warn: Warn) -> None:
-    """Write the session as `path`, a .dawproject or an .rpp, whole or not at all.
-
-    `warn` is told what the format cannot hold. Raises UsageError for another ending.
-    """
-    from plugin_host.exchange_dawproject import write_dawproject
-    from plugin_host.exchange_rpp import write_rpp
-
-    writers = {".dawproject": write_dawproject, ".rpp": write_rpp}
-    if path.suffix.lower() not in writers:
-        raise UsageError(f"{path.name} ends in neither .dawproject nor .rpp: these are what can be written.")
-    writers[path.suffix.lower()](host, path, warn)
-
-
-def read_project(path: Path) -> ReadProject:
-    """Read a .dawproject or an .rpp. Raises BacklineError where it is neither or cannot be read."""
-    from plugin_host.exchange_dawproject import read_dawproject
-    from plugin_host.exchange_rpp import read_rpp
-
-    readers = {".dawproject": read_dawproject, ".rpp": read_rpp}
-    if path.suffix.lower() not in readers:
-        raise UsageError(f"{path.name} ends in neither .dawproject nor .rpp: these are what can be read.")
-    if not path.is_file():
-        raise BacklineError(f"{path} does not exist.")
-    return readers[path.suffix.lower()](path)
 
 
 def segments(track: TrackState) -> list[Segment]:

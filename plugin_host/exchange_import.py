@@ -8,7 +8,8 @@ from pathlib import Path
 
 from engine.audio import resample, write
 from engine.errors import BacklineError
-from plugin_host.exchange import ReadItem, ReadProject, ReadTrack, cut, read_project, tempo_points
+from plugin_host.exchange import ReadItem, ReadProject, ReadTrack, cut, tempo_points
+from plugin_host.exchange_formats import read_project
 from plugin_host.host import Placement
 from plugin_host.plugins import keep_preset
 from plugin_host.session import SessionHost

@@ -17,7 +17,8 @@ from lxml import etree
 from bench.session_rounds import random_step
 from engine.audio import Audio, write
 from engine.errors import BacklineError, UsageError
-from plugin_host.exchange import export_session, segments
+from plugin_host.exchange import segments
+from plugin_host.exchange_formats import export_session
 from plugin_host.exchange_import import import_session
 from plugin_host.exchange_rpp import parse_rpp
 from plugin_host.host import Placement, Span, bounce
