@@ -19,7 +19,7 @@ from bridge.console import print_json, print_table, progress, say
 from bridge.daemon_engine import daemon_engine
 from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
-from bridge.options import DeviceName, Json, ModelName, QualityName, Seed, Text
+from bridge.options import DeviceName, HostChords, Json, ModelName, QualityName, Seed, Text
 from bridge.serve_commands import read_token
 from engine.errors import BacklineError, UsageError
 from engine.manifest import Quality
@@ -113,6 +113,7 @@ def fill_tracks(
     start: Annotated[int | None, typer.Option("--from", help="First sample; needs --to.")] = None,
     end: Annotated[int | None, typer.Option("--to", help="Sample at which it ends.")] = None,
     text: Text = None,
+    chords: HostChords = None,
     role: Role = None,
     free: Free = False,
     model: ModelName = None,
@@ -128,7 +129,14 @@ def fill_tracks(
     engine = _engine(model, device, daemon, token_file, quality)
     with progress("fill") as callback:
         placed = fill(
-            host, engine, span=_span(start, end), text=text, seed=_seed(seed), callback=callback, warn=say
+            host,
+            engine,
+            span=_span(start, end),
+            chords=chords,
+            text=text,
+            seed=_seed(seed),
+            callback=callback,
+            warn=say,
         )
     _report("fill", placed, json_output)
 

@@ -46,6 +46,7 @@ def fill(
     engine: Engine,
     *,
     span: Span | None = None,
+    chords: str | None = None,
     text: str | None = None,
     seed: int,
     callback: Callback | None = None,
@@ -58,7 +59,9 @@ def fill(
     """
     remembering = Remembering(engine, then)
     try:
-        return fill_armed(host, remembering, span=span, text=text, seed=seed, callback=callback, warn=warn)
+        return fill_armed(
+            host, remembering, span=span, chords=chords, text=text, seed=seed, callback=callback, warn=warn
+        )
     except Cancelled:
         raise
     except BacklineError as error:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bridge.charts import MARKERS, chart_of_markers
 from bridge.loudness import loudness
 from engine.audio import MIN_SECONDS, Audio, is_silent, read, resample, write
 from engine.conditions import MAX_BPM, MIN_BPM
@@ -162,15 +163,17 @@ def fill_armed(
     """Play the armed tracks of a host along with the others; every fill is a new region.
 
     span: None takes the host's time selection, or the whole session. chords: a chart whose first bar is the
-    first that begins in the span. Raises UsageError where there is no one tempo for them, no track is armed,
-    two are armed for one stem, RoleUnknown for one that plays none of the engine's stems, and BacklineError
-    where nothing is to be heard. What lay on the tracks stays in the session; they are disarmed. `listen` and
-    `place_fill` are the two halves, for callers that wait in between.
+    first that begins in the span, or MARKERS for that of the host's markers. Raises UsageError where there is
+    no one tempo for them, no track is armed, two are armed for one stem, RoleUnknown for one that plays none
+    of the engine's stems, and BacklineError where nothing is to be heard. What lay on the tracks stays in the
+    session; they are disarmed. `listen` and `place_fill` are the two halves, for callers that wait between.
     """
     heard = listen(host, engine.stems, span)
     grid = heard.grid
     if chords is not None and grid is None:
         raise UsageError("Chords need a tempo, and it changes within this stretch: choose a shorter one.")
+    if chords == MARKERS and grid is not None:
+        chords = chart_of_markers(host.markers(), heard.span, grid, host.sample_rate)
     played = engine.fill(
         heard.context,
         list(heard.armed),

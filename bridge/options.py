@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from bridge.charts import chart
 from engine.manifest import Quality
 from engine.model import Device
 
@@ -24,5 +25,13 @@ QualityName = Annotated[
 ]
 Steps = Annotated[
     int | None, typer.Option("--steps", help="Denoising steps; those of --quality if not given.")
+]
+HostChords = Annotated[
+    str | None,
+    typer.Option(
+        "--chords",
+        callback=chart,
+        help='One cell a bar, from the first bar line on: "C | Am"; @FILE; or "markers" of the session.',
+    ),
 ]
 Text = Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")]

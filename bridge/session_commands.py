@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bridge.charts import chart
 from bridge.console import print_json, print_table, progress, say
 from bridge.filling import Engine, Placed, Warn, fill_armed, local_engine, split_to_tracks
 from bridge.models import find_bundle
-from bridge.options import DeviceName, Force, Json, ModelName, QualityName, Seed, Steps
+from bridge.options import DeviceName, Force, HostChords, Json, ModelName, QualityName, Seed, Steps
 from bridge.pictures import Row, draw
 from engine.audio import read, resample, write
 from engine.errors import BacklineError, UsageError
@@ -27,7 +26,7 @@ from plugin_host.host import Placement, Span, audible, mix_down
 from plugin_host.plugins import BUILT_IN, Control, describe, find_plugin, installed, keep_preset
 from plugin_host.roles import OTHER
 from plugin_host.session import SessionHost, find_track
-from plugin_host.session_file import Parameter, PluginState, TempoPoint, TrackState
+from plugin_host.session_file import LONGEST_NAME, MarkerPoint, Parameter, PluginState, TempoPoint, TrackState
 
 USUAL_ROLES = ("bass", "drums", "guitar", "piano", OTHER)
 COLUMNS = 12  # of the picture of the regions
@@ -240,6 +239,33 @@ def tempo(
 
 
 @app.command()
+def marker(
+    folder: Folder,
+    name: Annotated[str | None, typer.Argument(help="A chord, or any name; none lists them.")] = None,
+    at: At = "0",
+    remove: Annotated[bool, typer.Option("--remove", help="Take away the marker that is there.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Set a marker, take one away, or list them; `fill --chords markers` plays their chords."""
+    host = _open(folder)
+    position = _time(at, host.sample_rate)
+    points = host.state.markers
+    if remove:
+        if position not in {point.position for point in points}:
+            raise UsageError(f"There is no marker at {at}.")
+        host.set_markers([point for point in points if point.position != position])
+    elif name is not None:
+        if not name.strip() or len(name) > LONGEST_NAME:
+            raise UsageError(f"A marker's name has 1 to {LONGEST_NAME} characters.")
+        host.set_markers([*points, MarkerPoint(position=position, name=name.strip())])
+    if json_output:
+        _done(host, True, "")
+        return
+    rows = [[f"{point.position / host.sample_rate:.3f} s", point.name] for point in host.state.markers]
+    print_table("markers", ["at", "name"], rows)
+
+
+@app.command()
 def takes(
     folder: Folder,
     track: TrackName,
@@ -271,12 +297,7 @@ def fill(
     start: From = "0",
     end: To = None,
     text: Annotated[str | None, typer.Option("--text", help="How it should sound, in words.")] = None,
-    chords: Annotated[
-        str | None,
-        typer.Option(
-            "--chords", callback=chart, help='One cell a bar, from the first bar line on: "C | Am", or @FILE.'
-        ),
-    ] = None,
+    chords: HostChords = None,
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,

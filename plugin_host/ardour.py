@@ -21,7 +21,7 @@ from engine.audio import Audio, fit, mono, read, resample, write
 from engine.errors import BacklineError, UsageError
 from plugin_host.ardour_link import PORT, TALK_SECONDS, WORK_SECONDS, Link, ask, link
 from plugin_host.ardour_setup import TRIED
-from plugin_host.host import Grid, Placement, Span, Track
+from plugin_host.host import Grid, Marker, Placement, Span, Track
 from plugin_host.roles import guess_role
 
 ARM_SECONDS = 5.0
@@ -133,6 +133,9 @@ class ArdourHost:
         if beats != round(beats):
             return None
         return Grid(found["bpm"], round(beats), (found["bar"] - span.start) / self.sample_rate)
+
+    def markers(self) -> list[Marker]:
+        return [Marker(found["position"], found["name"]) for found in self._ask("markers")]
 
     def tracks(self) -> list[Track]:
         return [

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.audio import Audio
 from engine.errors import BacklineError
-from plugin_host.session_file import PluginState, Region, TempoPoint, TrackState
+from plugin_host.session_file import LONGEST_NAME, MarkerPoint, PluginState, Region, TempoPoint, TrackState
 
 Warn = Callable[[str], None]
 
@@ -65,12 +65,13 @@ class ReadTrack:
 class ReadProject:
     """A project as another program's file tells it.
 
-    tempo: (seconds, bpm, numerator, denominator) in order of time, the first at 0.
+    tempo: (seconds, bpm, numerator, denominator) in order of time, the first at 0. markers: (seconds, name).
     """
 
     sample_rate: int
     tempo: list[tuple[float, float, int, int]]
     tracks: list[ReadTrack]
+    markers: list[tuple[float, str]] = field(default_factory=list)
 
 
 def segments(track: TrackState) -> list[Segment]:
@@ -104,6 +105,15 @@ def tempo_points(project: ReadProject) -> list[TempoPoint]:
     if len(ordered) > 1 and ordered[0].model_copy(update={"position": ordered[1].position}) == ordered[1]:
         del ordered[0]
     return ordered
+
+
+def marker_points(project: ReadProject) -> list[MarkerPoint]:
+    """Its markers that have a name, in samples."""
+    return [
+        MarkerPoint(position=round(seconds * project.sample_rate), name=name.strip()[:LONGEST_NAME])
+        for seconds, name in project.markers
+        if seconds >= 0 and name.strip()
+    ]
 
 
 def cut(audio: Audio, offset: float, length: float, rate: int, name: str) -> Audio:

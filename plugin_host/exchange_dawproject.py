@@ -116,6 +116,11 @@ def _project(host: SessionHost, files: dict[str, Path]) -> Element:
         clips = SubElement(lane, "Clips", id=make_id())
         for segment in segments(track):
             _write_clip(clips, host, segment, make_id, files)
+    if state.markers:
+        markers = SubElement(arrangement, "Markers", id=make_id(), timeUnit="seconds")
+        for point in state.markers:
+            time = _number(point.position / state.sample_rate)
+            SubElement(markers, "Marker", time=time, name=_text(point.name))
     _write_tempo_map(arrangement, state.tempo_map, state.sample_rate, tempo, metre, make_id)
     SubElement(project, "Scenes")
     return project
@@ -291,10 +296,23 @@ def _read(path: Path, root: Element, held: set[str]) -> ReadProject:
         project.tracks.append(track)
     arrangement = root.find("Arrangement")
     if arrangement is not None:
+        project.markers += _read_markers(arrangement, project)
         for lanes in arrangement.findall("Lanes"):
             for track_id, item in _items(lanes, None, "beats", 0.0, project, path, held):
                 by_id[track_id].items.append(item)
     return project
+
+
+def _read_markers(arrangement: Element, project: ReadProject) -> list[tuple[float, str]]:
+    """Seconds and names."""
+    found = arrangement.find("Markers")
+    if found is None:
+        return []
+    unit = found.get("timeUnit", "beats")
+    return [
+        (_seconds(float(node.attrib["time"]), unit, project), node.get("name", ""))
+        for node in found.findall("Marker")
+    ]
 
 
 def _items(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.audio import resample, write
 from engine.errors import BacklineError
-from plugin_host.exchange import ReadItem, ReadProject, ReadTrack, cut, tempo_points
+from plugin_host.exchange import ReadItem, ReadProject, ReadTrack, cut, marker_points, tempo_points
 from plugin_host.exchange_formats import read_project
 from plugin_host.host import Placement
 from plugin_host.plugins import keep_preset
@@ -28,6 +28,7 @@ def import_session(path: Path, folder: Path) -> SessionHost:
     host = SessionHost.create(folder, sample_rate=project.sample_rate, tempo=points[0].bpm)
     try:
         host.set_tempo(points)
+        host.set_markers(marker_points(project))
         for track in project.tracks:
             _add(host, project, track)
         host.forget_steps(f"import {path.name}")

@@ -58,6 +58,10 @@ def write_rpp(host: SessionHost, path: Path, warn: Warn) -> None:
         ["TEMPO", _number(first.bpm), str(first.numerator), str(first.denominator)],
         _tempo_map(host.state.tempo_map, host.sample_rate),
     ]
+    for number, point in enumerate(host.state.markers, 1):
+        project.parts.append(
+            ["MARKER", str(number), _number(point.position / host.sample_rate), point.name, "0"]
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for track in host.state.tracks:
@@ -189,7 +193,7 @@ def _read(path: Path, root: Chunk) -> ReadProject:
                 speed = tempo[-1][1] if flags & NO_TEMPO else float(part[2])
                 tempo.append((float(part[1]), speed, said[0], said[1]))
     rate = int(float(root.value("SAMPLERATE", 0, str(DEFAULT_RATE))))
-    project = ReadProject(rate, tempo, [])
+    project = ReadProject(rate, tempo, [], _read_markers(root))
     for chunk in root.chunks("TRACK"):
         track = ReadTrack(chunk.value("NAME", 0, "track") or "track")
         track.gain_db = 20 * math.log10(max(1e-10, float(chunk.value("VOLPAN", 0, "1"))))
@@ -200,6 +204,12 @@ def _read(path: Path, root: Chunk) -> ReadProject:
         track.items = [item for part in chunk.chunks("ITEM") if (item := _read_item(path, part)) is not None]
         project.tracks.append(track)
     return project
+
+
+def _read_markers(root: Chunk) -> list[tuple[float, str]]:
+    """Seconds and names; a region's two lines, which have a flag of 1, are no markers."""
+    lines = [part for part in root.parts if isinstance(part, list) and part[0] == "MARKER" and len(part) > 3]
+    return [(float(line[2]), line[3]) for line in lines if not int((line[4:5] or ["0"])[0]) & 1]
 
 
 def _read_item(path: Path, chunk: Chunk) -> ReadItem | None:

@@ -49,6 +49,14 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Marker:
+    """A named point of the timeline, at a sample of the session's rate."""
+
+    position: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Placement:
     """A wav that is to lie on a track as a region from sample `position` on.
 
@@ -83,6 +91,9 @@ class TrackHost(Protocol):
 
     def grid(self, span: Span) -> Grid | None:
         """The tempo grid over `span`; None where it is unknown, or changes within the span."""
+
+    def markers(self) -> list[Marker]:
+        """Every marker, in the order of time."""
 
     def tracks(self) -> list[Track]:
         """Every track, in the host's order."""

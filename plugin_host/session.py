@@ -22,13 +22,14 @@ from pydantic import ValidationError
 
 from engine.audio import Audio, empty, read, write
 from engine.errors import BacklineError, UsageError
-from plugin_host.host import Grid, Placement, Span, Track
+from plugin_host.host import Grid, Marker, Placement, Span, Track
 from plugin_host.plugins import Bypassed, run_chain
 from plugin_host.roles import guess_role
 from plugin_host.session_file import (
     AUDIO,
     PLUGINS,
     SESSION,
+    MarkerPoint,
     PluginState,
     Region,
     SessionFile,
@@ -120,6 +121,9 @@ class SessionHost:
         bar = point.numerator * 60 / bpm
         return Grid(bpm, point.numerator, (point.position - span.start) / self.sample_rate % bar)
 
+    def markers(self) -> list[Marker]:
+        return [Marker(point.position, point.name) for point in self.state.markers]
+
     def tracks(self) -> list[Track]:
         return [
             Track(track.id, track.name, track.role, track.armed, track.muted, track.soloed)
@@ -157,6 +161,12 @@ class SessionHost:
         if not ordered or len({point.position for point in ordered}) < len(ordered):
             raise UsageError("A tempo map needs at least one point, and each at its own position.")
         self._step("tempo", lambda state: _updated(state, tempo_map=ordered))
+
+    def set_markers(self, points: Sequence[MarkerPoint]) -> None:
+        """Replace the markers; of two at one sample the later one stays."""
+        latest = {point.position: point for point in points}
+        ordered = tuple(latest[position] for position in sorted(latest))
+        self._step("markers", lambda state: _updated(state, markers=ordered))
 
     def choose_take(self, track_id: str, region: int, take: int) -> None:
         """Make another take of a region (both counted from 0) sound."""

@@ -24,12 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.errors import BacklineError
 
-VERSION = 2
+VERSION = 3
 SESSION = "session.json"
 HISTORY = "history"
 AUDIO = "audio"
 PLUGINS = "plugins"
 LOCK = ".lock"
+LONGEST_NAME = 100  # of a marker, characters
 STEPS_KEPT = 500  # that undo can go back
 LOCK_SECONDS = 60.0
 
@@ -47,6 +48,13 @@ class TempoPoint(_Part):
     bpm: float = Field(gt=0, le=1000)
     numerator: int = Field(default=4, ge=1, le=64)
     denominator: int = Field(default=4, ge=1, le=64)
+
+
+class MarkerPoint(_Part):
+    """A name at sample `position`: a chord, a part of the song."""
+
+    position: int = Field(ge=0)
+    name: str = Field(min_length=1, max_length=LONGEST_NAME)
 
 
 class Take(_Part):
@@ -120,6 +128,7 @@ class SessionState(_Part):
     sample_rate: int = Field(ge=8000, le=192000, description="Hz")
     tempo_map: tuple[TempoPoint, ...] = Field(min_length=1)
     tracks: tuple[TrackState, ...] = ()
+    markers: tuple[MarkerPoint, ...] = Field(default=(), description="in the order of time")
 
     @property
     def length(self) -> int:

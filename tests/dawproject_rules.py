@@ -33,6 +33,7 @@ CHILDREN = {
     "Clips": "(Clip )*",
     "Clip": "(Audio |Clips |Warps )?",
     "Audio": "File ",
+    "Markers": "(Marker )*",
     "TempoAutomation": "Target (RealPoint )*",
     "TimeSignatureAutomation": "Target (TimeSignaturePoint )*",
 }
@@ -70,6 +71,8 @@ ATTRIBUTES: dict[str, tuple[set[str], set[str]]] = {
         {"id", "timeUnit", "algorithm", "channels", "sampleRate", "duration"},
         {"channels", "sampleRate", "duration"},
     ),
+    "Markers": ({"id", "timeUnit"}, set()),
+    "Marker": ({"time", "name", "color", "comment"}, {"time"}),
     "TempoAutomation": ({"id", "timeUnit", "unit"}, set()),
     "TimeSignatureAutomation": ({"id", "timeUnit"}, set()),
     "Target": ({"parameter"}, set()),

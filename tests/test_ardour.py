@@ -27,6 +27,7 @@ from pythonosc.osc_message import OscMessage
 
 from bridge.ardour_follow import Following, follow
 from bridge.ardour_jobs import fill
+from bridge.charts import chart_of_markers
 from bridge.filling import Engine, Placed, local_engine
 from bridge.models import find_bundle
 from engine.audio import Audio, fit, read, resample, write
@@ -308,6 +309,20 @@ def test_ardour_tells_the_grid_and_the_selection(host: ArdourHost) -> None:
     assert replace(host, free=True).grid(Span(0, RATE)) is None
     select(host, Span(4800, 96000))
     assert host.selection == Span(4800, 96000)
+
+
+def test_ardour_markers_name_chords(host: ArdourHost, user: User) -> None:
+    names = {"Verse": 0, "Am": RATE, "F": 3 * RATE}
+    for name, position in names.items():
+        user.send("/locate", position, 0)
+        assert awaited(lambda position=position: host.look().position == position)
+        user.send("/add_marker", name)
+        assert awaited(lambda name=name: name in [marker.name for marker in host.markers()])
+    assert {marker.name: marker.position for marker in host.markers()} == names
+    grid = host.grid(Span(0, 4 * RATE))
+    assert grid is not None
+    chart = chart_of_markers(host.markers(), Span(0, 4 * RATE), grid, RATE)
+    assert chart == "N.C. N.C. Am Am | Am Am F F | N.C. N.C. N.C. N.C."
 
 
 def test_ardour_piano_armed_by_an_osc_client_is_filled(host: ArdourHost, user: User, player: Engine) -> None:

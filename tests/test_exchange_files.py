@@ -23,7 +23,7 @@ from plugin_host.exchange_import import import_session
 from plugin_host.exchange_rpp import parse_rpp
 from plugin_host.host import Placement, Span, bounce
 from plugin_host.session import SessionHost
-from plugin_host.session_file import PluginState, TempoPoint
+from plugin_host.session_file import MarkerPoint, PluginState, TempoPoint
 
 ZAM = Path("/usr/lib/vst3/ZamEQ2.vst3")
 NAMES = ("Bass & <Sub>", 'Drums "live"', "it's `piano`", "ギター", "plain")
@@ -63,6 +63,8 @@ def song(folder: Path, rate: int = 44100) -> SessionHost:
             TempoPoint(position=20001, bpm=120, numerator=6, denominator=8),
         ]
     )
+    chords = [(0, "Am"), (4410, 'a "part" & <more>'), (88201, "F#m7/C#")]
+    host.set_markers([MarkerPoint(position=position, name=name) for position, name in chords])
     return host
 
 
@@ -100,6 +102,7 @@ def test_a_session_comes_back_as_it_was(suffix: str, rate: int, tmp_path: Path) 
     again = import_session(path, tmp_path / "again")
     assert again.sample_rate == rate
     assert again.state.tempo_map == host.state.tempo_map
+    assert again.markers() == host.markers()
     for old, new in zip(host.state.tracks, again.state.tracks, strict=True):
         assert (new.name, new.muted, new.soloed) == (old.name, old.muted, old.soloed)
         assert new.gain_db == pytest.approx(old.gain_db, abs=1e-9)

@@ -136,7 +136,7 @@ def test_a_save_that_fails_leaves_the_last_one(session: SessionHost, monkeypatch
     assert (session.folder / "session.json").read_bytes() == before
     assert [track.name for track in session.tracks()] == ["bass"]
     assert not [path for path in session.folder.rglob("*") if path.name.endswith(".part")]
-    assert json.loads(before)["version"] == 2
+    assert json.loads(before)["version"] == 3
 
 
 def test_exports_are_plain_wavs(session: SessionHost, tmp_path: Path) -> None:

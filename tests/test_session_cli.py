@@ -148,6 +148,37 @@ def test_the_mixer_and_the_rest_of_the_editing(session: Session, tmp_path: Path)
     assert len(SessionHost.open(session.folder).state.tracks[1].regions) == 2
 
 
+def test_markers_name_the_chords_of_a_fill(session: Session, tiny_bundle: Path, tmp_path: Path) -> None:
+    stems = write_song(tmp_path / "stems", STEMS[:3], seconds=2.0)
+    session.ok("new", "--tempo", 120)
+    session.ok("add", *(stems / f"{name}.wav" for name in STEMS[:3]))
+    session.ok("add", "--track", "piano")
+    session.ok("marker", "Verse")
+    refused(session("fill", "--chords", "markers", "--model", tiny_bundle), 2, "armed")
+    session.ok("arm", "piano")
+    refused(session("fill", "--chords", "markers", "--model", tiny_bundle), 2, "No marker")
+    session.ok("marker", "Am", "--at", "0.5")
+    session.ok("marker", "F", "--at", "66150smp")
+    session.ok("marker", "G", "--at", "66150smp")  # takes its place
+    shown = session.ok("marker").out
+    assert "0.500 s" in shown and "G" in shown and "F" not in shown
+    by_marker = session.ok("fill", "--chords", "markers", "--model", tiny_bundle, "--seed", 1, "--json").json[
+        "placed"
+    ]
+    session.ok("undo")
+    chart = "N.C. Am Am G | N.C."
+    assert (
+        by_marker
+        == session.ok("fill", "--chords", chart, "--model", tiny_bundle, "--seed", 1, "--json").json["placed"]
+    )
+    takes = sorted((session.folder / "audio").glob("piano*.wav"))
+    assert len(takes) == 2
+    assert np.array_equal(samples(takes[0]), samples(takes[1]))
+    session.ok("marker", "--at", "0.5", "--remove")
+    refused(session("marker", "--at", "0.5", "--remove"), 2, "no marker")
+    refused(session("marker", " "), 2, "characters")
+
+
 def test_takes_are_chosen(session: Session, tiny_bundle: Path, tmp_path: Path) -> None:
     stems = write_song(tmp_path / "stems", ("bass",), seconds=1.5, rate=44100)
     session.ok("new")

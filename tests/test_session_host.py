@@ -172,7 +172,7 @@ def test_the_tempo_map(host: SessionHost) -> None:
     assert late.grid(Span(0, RATE)) == Grid(120, 4, 0.25)
 
 
-def test_a_session_of_version_1_opens_and_is_saved_as_version_2(tmp_path: Path) -> None:
+def test_a_session_of_version_1_opens_and_is_saved_as_version_3(tmp_path: Path) -> None:
     folder = tmp_path / "old"
     (folder / "audio").mkdir(parents=True)
     write(folder / "audio" / "track-1-take-1.wav", Audio(noise(1, rate=RATE).T, RATE))
@@ -184,7 +184,7 @@ def test_a_session_of_version_1_opens_and_is_saved_as_version_2(tmp_path: Path) 
     assert (host.tempo, host.length, host.tracks()[0].armed) == (96.5, RATE + 7, True)
     assert np.array_equal(heard(host, "1")[7:], noise(1, rate=RATE))
     host.arm("1", False)
-    assert json.loads((folder / "session.json").read_text())["version"] == 2
+    assert json.loads((folder / "session.json").read_text())["version"] == 3
     host.undo()
     assert SessionHost.open(folder).tracks()[0].armed
 

@@ -137,6 +137,18 @@ local function grid(first, last)
    return { bpm = bpm, divisions = divisions, note = note, bar = start(bar) }
 end
 
+-- The session's markers with their names, in the order of time; its start, its end and ranges are none.
+local function markers()
+   local found = {}
+   for location in Session:locations():list():iter() do
+      if location:is_mark() and not location:is_session_range() then
+         found[#found + 1] = { position = location:start():samples(), name = location:name() }
+      end
+   end
+   table.sort(found, function(a, b) return a.position < b.position end)
+   return found
+end
+
 -- The files, one per channel, of what a track sounds like (or, not `sounding`, of what lies on it); none if nothing.
 local function bounce(id, first, last, sounding, name)
    local track = track_of(id)
