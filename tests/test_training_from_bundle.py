@@ -94,6 +94,16 @@ def test_the_folders_are_those_that_training_goes_on_with(
     assert state["spent"] == load_bundle().manifest.provenance["training"]["unet"]["minutes"] * 60
 
 
+def test_blended_weights_lie_between() -> None:
+    from training.bundle import blend
+
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before, target = one.weight.detach().clone(), other.weight.detach().clone()
+    blend(one, other, 0.25)
+    assert torch.allclose(one.weight, 0.75 * before + 0.25 * target)
+    assert torch.equal(other.weight, target)
+
+
 def test_other_bands_keep_the_latents_and_are_rebuilt() -> None:
     """Against interpolation alone: nearer to the picture, and the latents still those that the UNet knows."""
     folder = Path(bridge.demo_song.__path__[0])

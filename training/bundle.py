@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from engine.bundle import load_bundle
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Preset, Sampling, Vocoder
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
@@ -19,7 +20,8 @@ from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
-from training.loop import load_ema
+from training.from_bundle import read_unet
+from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
 from training.train_masks import POWER
@@ -39,6 +41,18 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
     return {name: {"steps": row["step"], "minutes": round(row["minutes"], 1)} for name, row in rows.items()}
 
 
+def blend(network: Network, other: Network, share: float) -> Network:
+    """`network` with that share of `other`'s weights, in place.
+
+    Between weights and what a training made of them lie such that forget less of what the first could do and
+    keep most of what was learnt (Wortsman and others, 2022, "Robust fine-tuning of zero-shot models").
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, share)
+    return network
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
@@ -54,6 +68,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
+    parser.add_argument("--keep", type=float, default=0.0, help="share of the shipped UNet in the new one")
     parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
@@ -65,6 +80,8 @@ def main() -> None:
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
+    if args.keep:
+        blend(unet, read_unet(load_bundle()), args.keep)
     vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
     if args.vocoder:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
