@@ -12,6 +12,8 @@ from bridge.models import find_bundle
 from bridge.options import DeviceName, Json, ModelName
 from engine.errors import BacklineError
 
+SHOWN = ("value", "bar", "met", "figure")  # of the columns; the files have all
+
 app = typer.Typer(help="Measure: how fast it is, and how good.", no_args_is_help=True)
 
 
@@ -104,6 +106,7 @@ def quality(
         return
     print(report.about(result))
     for title, columns, rows in report.tables(result):
-        print_table(title, columns, rows)
+        shown = [columns.index(name) for name in SHOWN]
+        print_table(title, list(SHOWN), [[row[i] for i in shown] for row in rows])
     for path in written:
         print(path)
