@@ -87,8 +87,9 @@ def test_rounds_end_with_the_time_but_two_are_made() -> None:
 
 def test_a_slower_engine_gets_a_reason() -> None:
     cost = Cost(1.0, 2e6, 30e6)
-    assert why_slower({"torch.compile": 1.1}, cost) is None
-    assert "30 MB" in str(why_slower({"torch.compile": 1.3}, cost))
+    assert why_slower({"torch": 0.7, "torch.compile": 1.1}, cost, 2.0) is None
+    assert "30 MB" in str(why_slower({"torch.compile": 1.3}, cost, 2.0))
+    assert "0.96 times" in str(why_slower({"torch": 0.9, "torch.compile": 0.9}, cost, 1.2))
 
 
 def test_torch_runs_the_default_bundles_own_weights() -> None:

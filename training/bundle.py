@@ -80,8 +80,11 @@ def main() -> None:
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
+    kept = {}
     if args.keep:
-        blend(unet, read_unet(load_bundle()), args.keep)
+        shipped = load_bundle()
+        blend(unet, read_unet(shipped), args.keep)
+        kept = {"kept": {"share": args.keep, "of": shipped.manifest.version}}
     vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
     if args.vocoder:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
@@ -97,7 +100,7 @@ def main() -> None:
         name="backline-default",
         version=args.version,
         licence="GPL-3.0-or-later",
-        provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)},
+        provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)} | kept,
         stems=STEMS,
         mel=GEOMETRY,
         latent=Latent(channels=vae.config.channels, frames=LATENT_FRAMES, freq=1, scale_factor=frozen.scale),
