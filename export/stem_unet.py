@@ -126,17 +126,21 @@ class StemUNet(nn.Module):
         h = self.inward(x)
         for block in self.down:
             h = block(h, cond)
+        h = h + self.attended(h, cond)
+        for block in self.up:
+            h = block(h, cond)
+        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, c.channels, c.freq)
+        return out.permute(0, 2, 3, 1, 4)
+
+    def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """(B, T, width) of what the level below sees in the whole window."""
+        batch, length, width = h.shape
         padded = F.pad(h.transpose(1, 2), (0, 1))  # so that the last frame of an odd length has a pair
         inner = self.shrink(padded).transpose(1, 2)
         cos, sin = self._rotation(inner)
         for layer in self.layers:
             inner = layer(inner, cond, cos, sin)
-        grown = self.grow(inner).reshape(batch, inner.shape[1] * 2, c.width)
-        h = h + grown[:, :length]
-        for block in self.up:
-            h = block(h, cond)
-        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, c.channels, c.freq)
-        return out.permute(0, 2, 3, 1, 4)
+        return self.grow(inner).reshape(batch, inner.shape[1] * 2, width)[:, :length]
 
     def _rotation(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         half = self.config.inner // self.config.heads // 2
