@@ -2,6 +2,10 @@
 
 Each latent frame is a patch of `frames` mel frames. A linear map (set from a principal component analysis
 of patches before training) carries most of the picture; convolutions over time add what it misses.
+
+The pitch of a bass is a hundredth of the variance of such latents: a diffusion model learns everything else
+first. So twelve latents more say which pitch classes sound. They are large, so that sampling decides them
+early, and the decoder leans on them where the others are vague.
 """
 
 from __future__ import annotations
@@ -19,13 +23,43 @@ from export.blocks import ConvBlock
 class PatchVAEConfig:
     mels: int = 128
     frames: int = 4  # mel frames per latent frame
-    channels: int = 64  # Z
+    channels: int = 64  # that hold the picture
     width: int = 256
     encoder_blocks: int = 2
     decoder_blocks: int = 3
     expansion: float = 2.0
     floor: float = 1e-4  # of the mel magnitude
     scale: float = 2.0  # log mels are divided by this
+    tones: int = 0  # further channels, one a pitch class, 0 or 12
+    tones_width: int = 128
+
+    @property
+    def latents(self) -> int:
+        """Z, the channels of a latent frame."""
+        return self.channels + self.tones
+
+
+TONE_SCALE = 6.0  # latent of a pitch class that surely sounds, less that of one that does not
+TONE_LEVEL = 1 / 6  # share of the pitch classes that sound, about: their latents have a mean near 0
+
+
+class Tones(nn.Module):
+    """Patches of log mels (N, T, frames x mels), scaled -> logits (N, T, 12) of the pitch classes that sound."""
+
+    def __init__(self, config: PatchVAEConfig) -> None:
+        super().__init__()
+        self.inward = nn.Linear(config.frames * config.mels, config.tones_width)
+        self.block = ConvBlock(config.tones_width, config.expansion, 5)
+        self.norm = nn.LayerNorm(config.tones_width)
+        self.outward = nn.Linear(config.tones_width, config.tones)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.outward(self.norm(self.block(self.inward(patches))))
+
+
+def tone_latents(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of pitch classes -> their latents."""
+    return (logits.sigmoid() - TONE_LEVEL) * TONE_SCALE
 
 
 class Encoder(nn.Module):
@@ -44,18 +78,28 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
         nn.init.constant_(self.outward.bias[config.channels :], -4.0)
+        self.tones = Tones(config) if config.tones else None
+
+    def patches(self, mel: torch.Tensor) -> torch.Tensor:
+        """(N, 1, frames, mels) -> (N, T, frames x mels) above the floor, scaled."""
+        c = self.config
+        batch, frames = mel.shape[0], mel.shape[2]
+        return ((mel - math.log(c.floor)) / c.scale).reshape(batch, frames // c.frames, c.frames * c.mels)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
-        batch, frames = mel.shape[0], mel.shape[2]
-        x = ((mel - math.log(c.floor)) / c.scale).reshape(batch, frames // c.frames, c.frames * c.mels)
+        x = self.patches(mel)
         h = self.inward(x)
         for block in self.blocks:
             h = block(h)
         moments = self.outward(self.norm(h))
         mean = self.linear(x) + moments[..., : c.channels]
-        moments = torch.cat([mean, moments[..., c.channels :].clamp(-12, 4)], -1)
-        return moments.transpose(1, 2)[..., None]
+        log_variance = moments[..., c.channels :].clamp(-12, 4)
+        if self.tones is not None:
+            tones = tone_latents(self.tones(x))
+            mean = torch.cat([mean, tones], -1)
+            log_variance = torch.cat([log_variance, torch.full_like(tones, -12.0)], -1)
+        return torch.cat([mean, log_variance], -1).transpose(1, 2)[..., None]
 
 
 class Decoder(nn.Module):
@@ -64,8 +108,8 @@ class Decoder(nn.Module):
     def __init__(self, config: PatchVAEConfig) -> None:
         super().__init__()
         patch, self.config = config.frames * config.mels, config
-        self.linear = nn.Linear(config.channels, patch)
-        self.inward = nn.Linear(config.channels, config.width)
+        self.linear = nn.Linear(config.latents, patch)
+        self.inward = nn.Linear(config.latents, config.width)
         self.blocks = nn.ModuleList(
             ConvBlock(config.width, config.expansion, 5) for _ in range(config.decoder_blocks)
         )
@@ -111,7 +155,8 @@ class PatchVAE(nn.Module):
         scale = deviation.rsqrt()[:, None]
         self.encoder.linear.weight.copy_(basis * scale)
         self.encoder.linear.bias.copy_(-(basis @ mean) * scale[:, 0])
-        self.decoder.linear.weight.copy_((basis / scale).T)
+        self.decoder.linear.weight.zero_()
+        self.decoder.linear.weight[:, : c.channels] = (basis / scale).T
         self.decoder.linear.bias.copy_(mean)
 
     def moments(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

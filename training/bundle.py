@@ -16,7 +16,7 @@ from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
 from export.mask_refiner import MaskRefiner, MaskRefinerConfig
 from export.onnx_writer import Precision
-from export.stem_unet import StemUNet, StemUNetConfig
+from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
@@ -25,7 +25,7 @@ from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
 from training.train_masks import POWER
-from training.train_unet import SCHEDULE, STATISTICS, freeze
+from training.train_unet import SCHEDULE, STATISTICS, freeze, unet_config
 
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
@@ -79,7 +79,7 @@ def main() -> None:
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
-    unet = load_ema(runs["unet"], StemUNet(StemUNetConfig(film=towers.config.embedding)))
+    unet = load_ema(runs["unet"], StemUNet(unet_config(frozen)))
     kept = {}
     if args.keep:
         shipped = load_bundle()
@@ -103,7 +103,7 @@ def main() -> None:
         provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)} | kept,
         stems=STEMS,
         mel=GEOMETRY,
-        latent=Latent(channels=vae.config.channels, frames=LATENT_FRAMES, freq=1, scale_factor=frozen.scale),
+        latent=Latent(channels=vae.config.latents, frames=LATENT_FRAMES, freq=1, scale_factor=frozen.scale),
         vocoder=Vocoder(sample_rate=GEOMETRY.sample_rate, hop=GEOMETRY.hop, trim=0),
         schedule=SCHEDULE,
         prediction="v",

@@ -1,4 +1,6 @@
-"""The `grid` and `chords` conditions of a window, from a song's labels; layouts in engine.manifest."""
+"""What a window's labels say, frame by frame: `grid` and `chords`, laid out as engine.manifest says, and the
+pitch classes that sound.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from training.dataset import RenderedSong, Windows
-from training.mel import GEOMETRY, LATENT_FRAMES
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
+from training.stems import STEMS
 
 FRAME_SECONDS = LATENT_FRAMES * GEOMETRY.hop / GEOMETRY.sample_rate
 
@@ -45,6 +48,20 @@ def heard_chords(batch: Windows, length: int, rng: np.random.Generator) -> torch
         numbers = _chord_numbers(song, start, length)
         out.append(mistaken[np.roll(numbers, late)])
     return torch.from_numpy(np.stack(out))
+
+
+def tones(batch: Windows, length: int) -> torch.Tensor:
+    """(B, S, T, 12): 1 where a stem plays a pitch class at the centre of a latent frame."""
+    rows = np.zeros((len(batch.songs), len(STEMS), length, 12), np.float32)
+    for row, (song, start) in zip(rows, _places(batch), strict=True):
+        centres = _centres(start, length)
+        for stem, notes in song.labels["notes"].items():
+            onset, seconds, pitch = np.asarray(notes, np.float64).reshape(-1, 3).T
+            firsts, lasts = np.searchsorted(centres, onset), np.searchsorted(centres, onset + seconds)
+            for first, last, number in zip(firsts, lasts, pitch.astype(int) % 12, strict=True):
+                row[STEMS.index(stem), first:last, number] = 1
+    heard = (batch.mels > FLOOR + 0.1).flatten(2).any(2)
+    return torch.from_numpy(rows) * heard[:, :, None, None]
 
 
 def _places(batch: Windows) -> list[tuple[RenderedSong, int]]:

@@ -3,7 +3,8 @@
 Writes vae/, towers/ and unet/ with a checkpoint each, as the training commands leave them but for the
 optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than the bundle, the
 layers that read or write bands are made anew such that the latents stay close to those that the UNet knows;
-a short training of the VAE makes up for the rest.
+a short training of the VAE makes up for the rest. Where the bundle's latents have no tones, these are added,
+untrained, and neither decoder nor UNet takes notice of them yet (`train_vae --tones-only` comes first).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from export.patch_vae import PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training.captions import measure_thresholds
 from training.dataset import load_songs
-from training.mel import GEOMETRY
-from training.train_unet import STATISTICS, measure_latents
+from training.mel import GEOMETRY, TONES
+from training.train_unet import STATISTICS
 from training.train_vae import batch_of_mels
 
 WEAKEST = 0.5  # singular value
@@ -88,7 +89,11 @@ def read_vae(bundle: Bundle) -> PatchVAE:
         bands = decoder[f"{name}.weight"].unflatten(0, (sizes.frames, sizes.mels))
         decoder[f"{name}.weight"] = torch.einsum("nb,fbc->fnc", writing, bands).flatten(0, 1)
         decoder[f"{name}.bias"] = (decoder[f"{name}.bias"].reshape(sizes.frames, -1) @ writing.T).flatten()
-    vae = PatchVAE(replace(sizes, mels=after.n_mels))
+    vae = PatchVAE(replace(sizes, mels=after.n_mels, tones=TONES))
+    if sizes.tones < TONES:
+        encoder |= {name: w for name, w in vae.encoder.state_dict().items() if name.startswith("tones.")}
+        for name in ("linear.weight", "inward.weight"):
+            decoder[name] = nn.functional.pad(decoder[name], (0, TONES - sizes.tones))
     fill_in(vae.encoder, encoder)
     fill_in(vae.decoder, decoder)
     return vae
@@ -104,10 +109,10 @@ def aligned(vae: PatchVAE, mels: torch.Tensor) -> None:
     The decoder's linear layer inverts it; its convolutions add what is left, by ridge regression.
     """
     c = vae.config
-    latents = _vectors(vae.moments(mels)[0])
-    plain = PatchVAE(c)
+    latents = _vectors(vae.moments(mels)[0][:, : c.channels])
+    plain = PatchVAE(replace(c, tones=0))
     plain.set_principal_components(mels.reshape(-1, c.frames * c.mels))
-    components = _vectors(plain.moments(mels)[0])
+    components = _vectors(plain.moments(mels)[0][:, : c.channels])
     solution = torch.linalg.lstsq(_with_one(components), latents).solution
     u, values, v = torch.linalg.svd(solution[:-1])
     there, offset = u @ torch.diag(values.clamp_min(WEAKEST)) @ v, solution[-1]
@@ -117,7 +122,7 @@ def aligned(vae: PatchVAE, mels: torch.Tensor) -> None:
     vae.encoder.outward.weight[: c.channels] = 0
     vae.encoder.outward.bias[: c.channels] = 0
     back = plain.decoder.linear.weight @ torch.linalg.inv(there).T
-    vae.decoder.linear.weight.copy_(back)
+    vae.decoder.linear.weight[:, : c.channels] = back
     vae.decoder.linear.bias.copy_(plain.decoder.linear.bias - back @ offset)
     _refit(vae, mels)
 
@@ -160,11 +165,33 @@ def read_towers(bundle: Bundle) -> CaptionTowers:
     return towers
 
 
-def read_unet(bundle: Bundle) -> StemUNet:
-    """The UNet, which knows latents only."""
-    unet = StemUNet(StemUNetConfig(**bundle.manifest.networks["unet"]))
-    fill_in(unet, read_weights(bundle.path("unet.onnx")))
+def read_unet(bundle: Bundle, channels: int | None = None) -> StemUNet:
+    """The UNet, for latents of `channels` channels, the bundle's own where none are given.
+
+    Further channels are neither read nor written: their weights are zeros.
+    """
+    sizes = StemUNetConfig(**bundle.manifest.networks["unet"])
+    weights = read_weights(bundle.path("unet.onnx"))
+    unet = StemUNet(replace(sizes, channels=channels or sizes.channels))
+    if unet.config.channels > sizes.channels:
+        places = _places(sizes, unet.config.channels)
+        read = torch.zeros_like(unet.inward.weight)
+        read[:, places] = weights["inward.weight"]
+        written = places[: sizes.stems * sizes.channels]
+        rows, bias = torch.zeros_like(unet.outward.weight), torch.zeros_like(unet.outward.bias)
+        rows[written], bias[written] = weights["outward.weight"], weights["outward.bias"]
+        weights |= {"inward.weight": read, "outward.weight": rows, "outward.bias": bias}
+    fill_in(unet, weights)
     return unet
+
+
+def _places(sizes: StemUNetConfig, channels: int) -> torch.Tensor:
+    """Where each column of the UNet's first layer is when latents have `channels` channels."""
+    vectors = 2 * sizes.stems  # latents, then context
+    kept = torch.arange(channels) < sizes.channels
+    every = torch.ones(sizes.stems + 1 + sizes.grid + sizes.chords, dtype=torch.bool)
+    context_mask = torch.ones(sizes.stems, dtype=torch.bool)
+    return torch.cat([kept.repeat(vectors), context_mask, kept, every]).nonzero()[:, 0]
 
 
 def _write(network: nn.Module, folder: Path, minutes: float, step: int) -> None:
@@ -187,17 +214,18 @@ def main() -> None:
     songs = load_songs(args.data / "train")
     spent = bundle.manifest.provenance["training"]
     vae, towers = read_vae(bundle), read_towers(bundle)
+    unet = read_unet(bundle, vae.config.latents)
     if bundle.manifest.mel != GEOMETRY:
         aligned(vae, batch_of_mels(songs, 64, np.random.default_rng(0)))
-    for name, network in (("vae", vae), ("towers", towers), ("unet", read_unet(bundle))):
+    for name, network in (("vae", vae), ("towers", towers), ("unet", unet)):
         _write(network, args.runs / name, spent[name]["minutes"], spent[name]["steps"])
     tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))
     tokenizer.no_padding()
     tokenizer.save(str(args.runs / "towers" / "tokenizer.json"))
     thresholds = args.runs / "towers" / "thresholds.json"
     thresholds.write_text(json.dumps(asdict(measure_thresholds(songs))))
-    scale = bundle.manifest.latent.scale_factor
-    torch.save(measure_latents(vae, songs, scale), args.runs / "unet" / STATISTICS)
+    # the rest is measured when the VAE has been trained on
+    torch.save({"scale": bundle.manifest.latent.scale_factor}, args.runs / "unet" / STATISTICS)
     print(f"{args.runs}: {bundle.manifest.name} {bundle.manifest.version}, {GEOMETRY.n_mels} bands")
 
 

@@ -15,6 +15,7 @@ GEOMETRY = Mel(
     low=LowBands(n_fft=4096, bands=40, f_max=480.0),
 )  # fmt: skip
 LATENT_FRAMES = 4  # mel frames per latent frame
+TONES = 12  # latents that say which pitch classes sound
 WINDOW = 216  # latent frames, 10.03 s
 QUANTUM = 0.055  # step of log mels stored as bytes: 0 is the floor, 255 a magnitude of 123
 FLOOR = math.log(GEOMETRY.floor)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.harmony import UNPITCHED
 from training.bands import Song, split_grooves, try_song
 from training.grooves import list_grooves
 from training.mel import GEOMETRY, log_mel, to_bytes
@@ -82,6 +83,8 @@ def _labels(song: Song, sources: list[list[Source]]) -> dict[str, object]:
     labels = asdict(song)
     del labels["notes"]
     labels["onsets"] = {s: [round(float(t), 3) for t in song.notes[s][:, 0]] for s in STEMS}
+    pitched = [s for s in STEMS if s not in UNPITCHED]  # s, s, MIDI pitch
+    labels["notes"] = {s: song.notes[s][:, :3].round(3).tolist() for s in pitched}
     labels["sources"] = [[{"name": s.name, "words": s.words} for s in renders] for renders in sources]
     return labels
 

@@ -14,13 +14,13 @@ import torch
 
 from engine.schedule import make_schedule
 from export.mask_refiner import MaskRefiner, MaskRefinerConfig
-from export.stem_unet import StemUNet, StemUNetConfig
+from export.stem_unet import StemUNet
 from training.captions import encode
 from training.dataset import FRAMES, Windows, draw, load_songs
 from training.loop import Logs, add_arguments, load_ema, loop_config, train
 from training.mel import GEOMETRY, LATENT_FRAMES
 from training.stems import STEMS
-from training.train_unet import LAST, SCHEDULE, STATISTICS, Frozen, freeze, mask_error
+from training.train_unet import LAST, SCHEDULE, STATISTICS, Frozen, freeze, mask_error, unet_config
 
 POWER = 0.65  # of the masks, the manifest's mask_power
 PARTS = 2  # windows are cut in so many: the network sees a fraction of a second
@@ -83,7 +83,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
     frozen = freeze(args.runs / "vae", args.runs / "towers", args.runs / "unet" / STATISTICS, songs)
-    unet = load_ema(args.runs / "unet", StemUNet(StemUNetConfig(film=frozen.towers.config.embedding)))
+    unet = load_ema(args.runs / "unet", StemUNet(unet_config(frozen)))
     for network in (frozen.vae, frozen.towers, unet):
         network.to(args.device)
     estimate = Estimator(frozen, unet)

@@ -31,7 +31,7 @@ from training import conditions
 from training.captions import Thresholds, describe, encode, load_thresholds
 from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mix
 from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
-from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, WINDOW
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
@@ -78,15 +78,24 @@ class Batch:
 
 
 def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[RenderedSong]) -> Frozen:
-    """Loads VAE and towers. The latents' statistics are measured on 64 windows once, kept in `statistics`."""
-    vae = load_ema(vae_run, PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels)))
+    """Loads VAE and towers. The latents' statistics are measured on 64 windows once, kept in `statistics`.
+
+    A scale that is there already, of weights from a bundle, stays.
+    """
+    vae = load_ema(vae_run, PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels, tones=TONES)))
     tokenizer = Tokenizer.from_file(str(towers_run / "tokenizer.json"))
     sizes = CaptionTowersConfig(vocabulary=tokenizer.get_vocab_size(), mels=GEOMETRY.n_mels)
     towers = load_ema(towers_run, CaptionTowers(sizes))
-    if not statistics.exists():
-        torch.save(measure_latents(vae, songs), statistics)
-    stored = torch.load(statistics, weights_only=True)
+    stored = torch.load(statistics, weights_only=True) if statistics.exists() else {}
+    if "metric" not in stored:
+        stored = measure_latents(vae, songs, stored.get("scale"))
+        torch.save(stored, statistics)
     return Frozen(vae, towers, tokenizer, load_thresholds(towers_run), stored["scale"], stored["metric"])
+
+
+def unet_config(frozen: Frozen) -> StemUNetConfig:
+    """The default's UNet for these latents and embeddings."""
+    return StemUNetConfig(channels=frozen.vae.config.latents, film=frozen.towers.config.embedding)
 
 
 @torch.no_grad()
@@ -312,7 +321,7 @@ def main() -> None:
     held_out = load_songs(args.data / "val")
     frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
-    model = StemUNet(StemUNetConfig(film=frozen.towers.config.embedding))
+    model = StemUNet(unet_config(frozen))
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured)

@@ -6,15 +6,18 @@ import argparse
 
 import numpy as np
 import torch
+from torch import nn
 
 from engine.features import mel_edges
-from export.patch_vae import PatchVAE, PatchVAEConfig
-from training.dataset import RenderedSong, draw, load_songs
+from export.patch_vae import Encoder, PatchVAE, PatchVAEConfig
+from training import conditions
+from training.dataset import RenderedSong, Windows, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
-from training.mel import GEOMETRY, LATENT_FRAMES
+from training.mel import GEOMETRY, LATENT_FRAMES, TONES
 
 FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
 KL_WEIGHT = 5e-5
+TONE_WEIGHT = 1.0
 LOW_BANDS = int((mel_edges(GEOMETRY)[1:-1] < 1400).sum())  # where the pitch is
 
 
@@ -22,8 +25,18 @@ def batch_of_mels(
     songs: list[RenderedSong], batch: int, rng: np.random.Generator, augment: bool = True
 ) -> torch.Tensor:
     """(5 B, 1, frames, mels): the four stems and the mixture of each window."""
-    windows = draw(songs, batch, rng, augment, FRAMES)
+    return with_mixtures(draw(songs, batch, rng, augment, FRAMES))
+
+
+def with_mixtures(windows: Windows) -> torch.Tensor:
+    """(5 B, 1, frames, mels): the four stems and the mixture of each window."""
     return torch.cat([windows.mels, windows.mixture[:, None]], 1).flatten(0, 1)[:, None]
+
+
+def sounding(windows: Windows) -> torch.Tensor:
+    """(5 B, T, 12): the pitch classes that the four stems and the mixture of each window play."""
+    stems = conditions.tones(windows, windows.mels.shape[2] // LATENT_FRAMES)
+    return torch.cat([stems, stems.amax(1, keepdim=True)], 1).flatten(0, 1)
 
 
 def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
@@ -42,6 +55,7 @@ def losses(model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0) 
     noise: the latents get up to this deviation more, another one for each window, because those that the UNet
     writes are not exact either: a decoder that has heard only exact ones makes speckles of the difference.
     """
+    plain = model.config.channels
     with mixed_precision(device):
         mean, log_variance = model.moments(mel)
         mean, log_variance = mean.float(), log_variance.float()
@@ -49,28 +63,56 @@ def losses(model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0) 
         latents = latents + noise * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)
         estimate = model.decoder(latents).float()
     error = reconstruction(estimate, mel)
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)[:, :plain].sum(1).mean()
     return error + KL_WEIGHT * kl, {"weighted_l1": error.item(), "kl": kl.item()}
+
+
+def tone_loss(
+    encoder: Encoder, mel: torch.Tensor, played: torch.Tensor, device: str
+) -> tuple[torch.Tensor, Logs]:
+    """Cross-entropy of the pitch classes heard in mel (N, 1, frames, mels) and those played (N, T, 12)."""
+    if encoder.tones is None:
+        raise ValueError("this encoder has no tones")
+    with mixed_precision(device):
+        logits = encoder.tones(encoder.patches(mel)).float()
+    error = nn.functional.binary_cross_entropy_with_logits(logits, played)
+    hits = ((logits > 0) * played).sum()
+    f1 = 2 * hits / ((logits > 0).sum() + played.sum()).clamp_min(1)
+    return error, {"tones": error.item(), "tones_f1": f1.item()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, lr=1.5e-3)
     parser.add_argument("--noise", type=float, default=0.0, help="most deviation added to the latents")
-    parser.add_argument("--decoder-only", action="store_true", help="the encoder stays, and the UNet with it")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--decoder-only", action="store_true", help="the encoder stays, and the UNet with it")
+    part.add_argument("--tones-only", action="store_true", help="what hears pitch classes, and nothing else")
     args = parser.parse_args()
     config = loop_config(args)
     rng = np.random.default_rng(args.seed)
     songs, held_out = load_songs(args.data / "train"), load_songs(args.data / "val")
-    model = PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels))
+    model = PatchVAE(PatchVAEConfig(mels=GEOMETRY.n_mels, tones=TONES))
     patches = batch_of_mels(songs, 128, rng).reshape(-1, LATENT_FRAMES * model.config.mels)
     model.set_principal_components(patches)
-    fixed = batch_of_mels(held_out, 24, np.random.default_rng(1), augment=False).to(args.device)
+    known = draw(held_out, 24, np.random.default_rng(1), False, FRAMES)
+    fixed, played = with_mixtures(known).to(args.device), sounding(known).to(args.device)
 
     def loss(network: PatchVAE, step: int) -> tuple[torch.Tensor, Logs]:
         del step
-        network.encoder.requires_grad_(not args.decoder_only)
-        return losses(network, batch_of_mels(songs, args.batch, rng).to(args.device), args.device, args.noise)
+        network.requires_grad_(not args.tones_only)
+        network.encoder.requires_grad_(not args.decoder_only and not args.tones_only)
+        if network.encoder.tones is not None:
+            network.encoder.tones.requires_grad_(not args.decoder_only)
+        windows = draw(songs, args.batch, rng, frames=FRAMES)
+        mel = with_mixtures(windows).to(args.device)
+        value, logs = torch.zeros((), device=args.device), Logs()
+        if not args.tones_only:
+            value, logs = losses(network, mel, args.device, args.noise)
+        if not args.decoder_only:
+            error, heard = tone_loss(network.encoder, mel, sounding(windows).to(args.device), args.device)
+            value, logs = value + TONE_WEIGHT * error, logs | heard
+        return value, logs
 
     @torch.no_grad()
     def validate(network: PatchVAE) -> Logs:
@@ -83,7 +125,7 @@ def main() -> None:
             "l1_loud": (estimate - fixed).abs()[loud].mean().item(),
             "l1_loud_low": (estimate - fixed)[..., :LOW_BANDS].abs()[low].mean().item(),
             "latent_std": mean.std().item(),
-        }
+        } | tone_loss(network.encoder, fixed, played, args.device)[1]
 
     start = validate(model.to(args.device).eval())
     print("principal components alone:", {k: round(v, 4) for k, v in start.items()}, flush=True)
