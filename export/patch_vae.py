@@ -44,7 +44,7 @@ TONE_LEVEL = 1 / 6  # share of the pitch classes that sound, about: their latent
 
 
 class Tones(nn.Module):
-    """Patches of log mels (N, T, frames x mels), scaled -> logits (N, T, 12) of the pitch classes that sound."""
+    """Patches (N, T, frames x mels), see `Encoder.patches` -> logits (N, T, 12) of pitch classes."""
 
     def __init__(self, config: PatchVAEConfig) -> None:
         super().__init__()

@@ -33,14 +33,16 @@ from training.captions import encode, for_prompts, make_tokenizer
 from training.mel import LATENT_FRAMES
 from training.stems import STEMS
 
-MELS, CHANNELS, FILM = 16, 4, 8
+MELS, CHANNELS, FILM = 16, 4 + 12, 8
 GEOMETRY = Mel(
     sample_rate=16000, n_fft=256, win_length=256, hop=32, n_mels=MELS, f_min=0, f_max=8000, floor=1e-4
 )
 UNET = StemUNetConfig(
     channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16
 )
-VAE = PatchVAEConfig(mels=MELS, channels=CHANNELS, width=8, encoder_blocks=1, decoder_blocks=1)
+VAE = PatchVAEConfig(
+    mels=MELS, channels=4, width=8, encoder_blocks=1, decoder_blocks=1, tones=12, tones_width=8
+)
 VOCOS = VocosConfig(mels=MELS, width=8, blocks=1, n_fft=64, split=2)
 
 
@@ -192,9 +194,9 @@ def test_the_vae_starts_half_whitened() -> None:
     patches = torch.randn(4000, 64) @ torch.randn(64, 64) + 3
     vae.set_principal_components(patches)
     latents = vae.encoder.linear((patches - np.log(VAE.floor)) / VAE.scale)
-    assert torch.allclose(latents.mean(0), torch.zeros(CHANNELS), atol=1e-2)
+    assert torch.allclose(latents.mean(0), torch.zeros(VAE.channels), atol=1e-2)
     # in units of the divided log mel: deviations are square roots of the components' own
-    values = torch.linalg.eigvalsh(torch.cov((patches / VAE.scale).T))[-CHANNELS:].flip(0)
+    values = torch.linalg.eigvalsh(torch.cov((patches / VAE.scale).T))[-VAE.channels :].flip(0)
     assert torch.allclose(latents.std(0), values**0.25, rtol=1e-2)
     covariance = torch.cov(latents.T)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-2

@@ -293,7 +293,9 @@ def test_a_rendered_song_is_written_whole_and_read_back(tmp_path: Path) -> None:
     assert loaded.mels.shape == (4, 1, frames, GEOMETRY.n_mels) and loaded.mels.dtype == np.uint8
     assert loaded.labels["bpm"] == 100.0 and loaded.labels["chords"][1]["symbol"] == "F"
     assert loaded.labels["sources"][1] == [{"name": "kit", "words": ["electric", "drum machine"]}]
-    assert loaded.labels["onsets"]["piano"][:3] == [0.0, 0.6, 1.2] and "notes" not in loaded.labels
+    assert loaded.labels["onsets"]["piano"][:3] == [0.0, 0.6, 1.2]
+    notes = {stem: song.notes[stem][:, :3].round(3).tolist() for stem in ("bass", "guitar", "piano")}
+    assert loaded.labels["notes"] == notes
     audio = np.load(tmp_path / "000000.audio.npy")
     assert audio.shape == (4, 20 * RATE) and audio.dtype == np.int16
     # the kept audio is the song from 8 s on, as its mels show it

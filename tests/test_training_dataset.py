@@ -166,3 +166,19 @@ def test_a_window_from_the_songs_start_needs_no_offset() -> None:
     assert (
         np.abs(conditions.grid(windows, 50).numpy() - grid_condition(manifest(), 0, 50, 100.0)).max() < 1e-4
     )
+
+
+def test_tones_are_the_pitch_classes_of_the_notes_that_sound() -> None:
+    frame = LATENT_FRAMES * GEOMETRY.hop / GEOMETRY.sample_rate
+    notes = {"bass": [[0.0, 10 * frame, 40]], "guitar": [[4 * frame, 2 * frame, 52], [0, 1, 57]], "piano": []}
+    start = 2 * LATENT_FRAMES
+    mels = torch.zeros(1, len(STEMS), 12 * LATENT_FRAMES, GEOMETRY.n_mels)
+    windows = Windows(mels, mels[:, 0], [song(0, notes=notes)], [start], np.zeros((1, len(STEMS)), int))
+    found = conditions.tones(windows, 12)
+    assert found.shape == (1, len(STEMS), 12, 12)
+    e, a = 4, 9
+    assert found[0, 0, :, e].tolist() == [1] * 8 + [0] * 4, "the bass began before the window"
+    assert found[0, 2, :, e].nonzero().flatten().tolist() == [2, 3], "the first of two guitar notes"
+    assert found[0, 2, :, a].all() and found.sum() == 8 + 2 + 12
+    mels[:, 2] = FLOOR  # a guitar that was made silent
+    assert conditions.tones(windows, 12).sum() == 8

@@ -38,19 +38,43 @@ def test_a_smooth_spectrum_survives_the_way_to_other_bands_and_back() -> None:
     assert torch.allclose(rows, torch.ones_like(rows))
 
 
+def unet_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "latents": (1, 4, channels, 24, 1),
+        "film": (1, 128),
+        "context": (1, 4, channels, 24, 1),
+        "context_mask": (1, 4, 24),
+        "mixture": (1, channels, 24, 1),
+        "mixture_mask": (1, 24),
+        "mixture_stems": (1, 4),
+        "grid": (1, 24, 6),
+        "chords": (1, 24, 25),
+    }
+
+
+def test_a_unet_for_more_channels_computes_the_same_in_the_old_ones() -> None:
+    bundle = load_bundle()
+    channels = bundle.manifest.latent.channels
+    few, many = read_unet(bundle).eval(), read_unet(bundle, channels + 5).eval()
+    generator = torch.Generator().manual_seed(0)
+    wide = {
+        name: torch.randn(shape, generator=generator) for name, shape in unet_shapes(channels + 5).items()
+    }
+    narrow = wide | {name: wide[name][:, :, :channels] for name in ("latents", "context")}
+    narrow["mixture"] = wide["mixture"][:, :channels]
+    with torch.no_grad():
+        expected = few(timestep=torch.tensor([300]), **narrow)
+        found = many(timestep=torch.tensor([300]), **wide)
+    assert (found[:, :, channels:] == 0).all()
+    assert torch.allclose(found[:, :, :channels], expected, atol=1e-4)
+
+
 def test_the_unet_computes_what_the_bundles_does() -> None:
     bundle = load_bundle()
     unet = read_unet(bundle).eval()
     generator = np.random.default_rng(0)
     session = ort.InferenceSession(str(bundle.path("unet.onnx")))
-    shapes = {
-        "latents": (1, 4, 64, 24, 1),
-        "film": (1, 128),
-        "context": (1, 4, 64, 24, 1),
-        "grid": (1, 24, 6),
-    }
-    shapes |= {"context_mask": (1, 4, 24), "mixture": (1, 64, 24, 1), "mixture_mask": (1, 24)}
-    shapes |= {"mixture_stems": (1, 4), "chords": (1, 24, 25)}
+    shapes = unet_shapes(bundle.manifest.latent.channels)
     inputs = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     expected = session.run(None, inputs | {"timestep": np.array([300])})[0]
     with torch.no_grad():
@@ -87,7 +111,7 @@ def test_the_folders_are_those_that_training_goes_on_with(
     from_bundle.main()
     from training.train_unet import STATISTICS, freeze
 
-    frozen = freeze(runs / "vae", runs / "towers", runs / "unet" / STATISTICS, [])
+    frozen = freeze(runs / "vae", runs / "towers", runs / "unet" / STATISTICS, [song(0)])
     assert frozen.scale == load_bundle().manifest.latent.scale_factor
     assert frozen.tokenizer.encode("").ids == []
     state = torch.load(runs / "unet" / "checkpoint.pt", weights_only=True)

@@ -37,8 +37,10 @@ from training.train_unet import (
 
 LENGTH = 16  # latent frames
 FILM = 8
+Z = 6 + 12  # channels and tones
 BANDS = GEOMETRY.n_mels
 PATCH = LATENT_FRAMES * BANDS
+SMALL = {"mels": BANDS, "channels": 6, "width": 16, "encoder_blocks": 1, "decoder_blocks": 1}
 ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
 
 
@@ -46,7 +48,7 @@ ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
 def frozen() -> Frozen:
     torch.manual_seed(0)
     songs = [song(seed) for seed in range(2)]
-    vae = PatchVAE(PatchVAEConfig(BANDS, channels=6, width=16, encoder_blocks=1, decoder_blocks=1))
+    vae = PatchVAE(PatchVAEConfig(**SMALL, tones=12, tones_width=8))
     vae.set_principal_components(
         train_vae.batch_of_mels(songs, 4, np.random.default_rng(0)).reshape(-1, PATCH)
     )
@@ -62,7 +64,7 @@ def frozen() -> Frozen:
         tokenizer,
         thresholds,
         scale=0.5,
-        metric=torch.linspace(0.5, 1.5, 6).sqrt().diag().repeat(len(STEMS), 1, 1),
+        metric=torch.linspace(0.5, 1.5, Z).sqrt().diag().repeat(len(STEMS), 1, 1),
     )
 
 
@@ -89,7 +91,7 @@ def kinds(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def test_shapes(batch: Batch) -> None:
-    stems, z = len(STEMS), 6
+    stems, z = len(STEMS), Z
     shapes = {name: tuple(value.shape[1:]) for name, value in batch.inputs.items()}
     assert shapes == {
         "film": (FILM,),
@@ -147,8 +149,21 @@ def test_the_loss_is_on_what_is_asked_for(batch: Batch) -> None:
     unnamed = batch.loss_mask[found["unnamed"]]
     in_the_mix = unnamed.amax(2) == 0
     assert (in_the_mix.sum(1) >= 1).all() and (in_the_mix.sum(1) < len(STEMS)).all()
-    others = batch.loss_mask[~found["unnamed"]]
-    assert (others[~known[~found["unnamed"]]] == 1).all()
+    sounding = (batch.mels > FLOOR + 0.1).flatten(2).any(2)[..., None] & ~known
+    others = ~found["unnamed"]
+    assert (batch.loss_mask[others][sounding[others]] == 1).all()
+
+
+def test_what_is_armed_and_silent_costs_nothing(frozen: Frozen) -> None:
+    """A fill must not learn to rest from stems that were made silent; in other tasks silence is right."""
+    windows = draw([song(0)], 96, np.random.default_rng(0), frames=LENGTH * LATENT_FRAMES)
+    windows.mels[:, 1] = FLOOR
+    made = make_batch(windows, frozen, np.random.default_rng(1))
+    found = kinds(made)
+    asked = made.inputs["context_mask"][:, 1] == 0
+    assert (made.loss_mask[:, 1][found["context"][:, None] & asked] == 0).all()
+    assert (made.loss_mask[:, 1][found["split"] & asked.all(1)] == 1).all()
+    assert (made.loss_mask[:, 1][found["generate"] & asked.all(1)] == 1).all()
 
 
 def test_mixtures_are_encoded_mixtures(batch: Batch, frozen: Frozen) -> None:
@@ -231,12 +246,12 @@ def test_an_error_costs_by_channel_and_by_what_is_asked_for(batch: Batch, frozen
     wrong[:, :, 2] = 0.3
     value, _ = loss_of(batch, frozen, wrong, t)
     weight = float(frozen.metric[0, 2, 2] ** 2)
-    assert value == pytest.approx(0.09 * weight / 6, rel=1e-3)  # one of six channels, everywhere
+    assert value == pytest.approx(0.09 * weight / Z, rel=1e-3)  # one of the channels, everywhere
     known = batch.inputs["context_mask"][:, :, None, :, None]
     value, _ = loss_of(batch, frozen, wrong * known, t)
     mask, given = batch.loss_mask, batch.inputs["context_mask"]
     share = (KNOWN_WEIGHT * given).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1)
-    assert value == pytest.approx(0.09 * weight / 6 * float(share.mean()), rel=1e-3)
+    assert value == pytest.approx(0.09 * weight / Z * float(share.mean()), rel=1e-3)
 
 
 def test_splits_at_the_last_step_are_judged_by_their_masks(batch: Batch, frozen: Frozen) -> None:
@@ -297,6 +312,32 @@ def test_the_vae_learns_to_rebuild_and_starts_as_a_principal_component_analysis(
     assert float(train_vae.reconstruction(mels, mels)) == 0
     value.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_tones_are_learnt_from_notes_and_lie_behind_the_other_latents() -> None:
+    """Mels in which each pitch class lights a band of its own."""
+    torch.manual_seed(0)
+    vae = PatchVAE(PatchVAEConfig(**SMALL, tones=12, tones_width=16))
+    played = (torch.rand(8, 16, 12) < 0.2).float()
+    mel = torch.full((8, 1, 16, LATENT_FRAMES, BANDS), FLOOR)
+    mel[:, 0, :, :, :12] += 8 * played[:, :, None]
+    mel = mel.reshape(8, 1, 16 * LATENT_FRAMES, BANDS)
+    optimiser = torch.optim.Adam(vae.encoder.parameters(), 1e-2)
+    first = None
+    for _ in range(150):
+        loss, logs = train_vae.tone_loss(vae.encoder, mel, played, "cpu")
+        first = first or logs
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert logs["tones"] < 0.2 * first["tones"] and logs["tones_f1"] > 0.95
+    mean, log_variance = vae.moments(mel)
+    assert mean.shape[1] == Z and (log_variance[:, 6:] == -12).all()
+    tones = mean[:, 6:, :, 0].transpose(1, 2)
+    assert (tones[played > 0].min() > 0) and (tones[played == 0].max() < 0) and tones.std() > 1
+    without = PatchVAE(PatchVAEConfig(**SMALL))
+    with pytest.raises(ValueError, match="no tones"):
+        train_vae.tone_loss(without.encoder, mel, played, "cpu")
 
 
 def test_noise_on_the_latents_reaches_the_decoder_only() -> None:
@@ -393,7 +434,7 @@ def test_errors_weigh_where_the_stem_is_heard(frozen: Frozen) -> None:
     mels = torch.full((2, len(STEMS), 32, BANDS), FLOOR)
     mels[:, 0, :, : BANDS // 2] = 0.0
     mels[:, 1, :, BANDS // 2 :] = 0.0
-    metric = train_unet.error_metric(decoder, torch.ones(6), mels)
+    metric = train_unet.error_metric(decoder, torch.ones(Z), mels)
     low = torch.zeros(4, BANDS)
     low[:, : BANDS // 2] = 1
     error = torch.linalg.lstsq(decoder.linear.weight, low.flatten()[:, None]).solution[:, 0]
@@ -420,7 +461,7 @@ def test_statistics_are_measured_once(
     frozen.tokenizer.save(str(tmp_path / "towers" / "tokenizer.json"))
     limits = '{"brightness": [[1, 2], [1, 2], [1, 2], [1, 2], [1, 2]], "density": [3, 4]}'
     (tmp_path / "towers" / "thresholds.json").write_text(limits)
-    monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda mels: replace(vae_config, mels=mels))
+    monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda **given: replace(vae_config, **given))
     monkeypatch.setattr(train_unet, "CaptionTowersConfig", lambda **given: replace(towers_config, **given))
     monkeypatch.setattr(train_unet, "draw", lambda songs, batch, rng: draw(songs, batch, rng, frames=32))
     statistics = tmp_path / "latents.pt"

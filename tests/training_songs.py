@@ -29,6 +29,7 @@ def labels(rng: np.random.Generator, **changed: Any) -> dict[str, Any]:
     beats_per_bar = float(rng.choice([3, 4, 6]))
     chart, key = random_chart(rng, 24)
     onsets = {stem: np.sort(rng.uniform(0, 10, 40)).round(3).tolist() for stem in STEMS}
+    notes = [[i * 0.25, 0.2, 40 + int(rng.integers(24))] for i in range(40)]
     values = {
         "bpm": float(rng.uniform(70, 160)),
         "beats_per_bar": beats_per_bar,
@@ -40,6 +41,7 @@ def labels(rng: np.random.Generator, **changed: Any) -> dict[str, Any]:
         "swing": False,
         "grooves": dict.fromkeys(STEMS, "SlowBolero"),
         "onsets": onsets,
+        "notes": {stem: notes for stem in STEMS if stem != "drums"},
         "sources": [[{"name": stem, "words": list(WORDS[stem])}] * RENDERS for stem in STEMS],
     }
     return values | changed

@@ -177,8 +177,10 @@ def make_batch(
     mixture[heard] = mean[batch * stems :]
     known = torch.from_numpy(context_mask)
     mixture_mask = heard.float()[:, None].repeat(1, length)
-    unasked = torch.from_numpy(mixed & unnamed[:, None])  # stems that are in the other material
-    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, 1.0) * (~unasked).float()[:, :, None]
+    resting = (windows.mels <= FLOOR + 0.1).flatten(2).all(2).numpy()
+    # stems that are in the other material, and silence where a stem is armed: what is asked for is to play
+    unasked = torch.from_numpy((mixed & unnamed[:, None]) | (resting & fill[:, None] & ~context_stems))
+    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, (~unasked).float()[:, :, None])
     if favoured is not None:
         loss_mask[:, favoured] *= FAVOUR
     heard_chords = conditions.heard_chords(windows, length, rng)
