@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ FloatArray = NDArray[np.float32]
 # What settings.listening weighs in `fill`.
 HEARD = ("context", "context_mask", "mixture", "mixture_mask", "mixture_stems", "grid", "chords")
 MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
+ATTEMPTS, RESTING_DB = 3, 40.0
+NEXT_SEED = 1 << 32  # past the seeds that users type
 
 
 def generate(
@@ -142,20 +145,26 @@ def fill(
         told = _with_chords(model, told, signals, heard, total)
     started = clock(timings, "listen", started)
 
-    latents = sample_timeline(
-        model,
-        total,
-        settings,
-        known=_context_latents(model, signals, silent, gain),
-        conditions=told if heard is None else _with_other(model, told, heard, gain),
-        heard=HEARD,
-        batch=batch,
-        report=stretch(callback, "sample", 0.05, 0.8),
-    )
-    started = clock(timings, "sample", started)
     wanted = [name for name in model.manifest.stems if name in armed]
     rows = [model.manifest.stems.index(name) for name in wanted]
-    rendered = _render(model, latents[rows], callback)
+
+    def sample(attempt: int) -> FloatArray:
+        """Log mels of the armed stems; every attempt draws other noise."""
+        latents = sample_timeline(
+            model,
+            total,
+            replace(settings, seed=settings.seed + attempt * NEXT_SEED),
+            known=_context_latents(model, signals, silent, gain),
+            conditions=told if heard is None else _with_other(model, told, heard, gain),
+            heard=HEARD,
+            batch=None if attempt else batch,
+            report=stretch(callback, "sample", 0.8 if attempt else 0.05, 0.8),
+        )
+        return decode_timeline(model, latents[rows], stretch(callback, "render", 0.8, 0.85))
+
+    mels = _sounding(sample, model.manifest)
+    started = clock(timings, "sample", started)
+    rendered = vocode_timeline(model, mels, stretch(callback, "render", 0.85, 1.0))
     rendered /= np.float32(gain)
     at_rate = fit(resample(Audio(rendered, model.manifest.vocoder.sample_rate), rate).samples, length)
     stems = {
@@ -170,6 +179,8 @@ def fill(
         "seconds": length / rate,
     }
     record = make_record("fill", model, settings, request) | {"timings": timings}
+    for name in np.array(wanted)[_resting(mels, model.manifest)]:
+        record["warnings"].append(f"The stem {name} rests: nothing of it is heard.")
     if all(is_silent(part) for part in known.values()) and heard is None:
         record["warnings"].append("The context is silent: there was nothing to play along with.")
     return Take(stems, record)
@@ -243,6 +254,31 @@ def continue_(
     request = _request(text, audio, bpm, chords, beats_per_bar, first_beat)
     request |= {"before": wanted, "before_seconds": length / rate, "seconds": seconds}
     return Take(stems, make_record("continue", model, settings, request) | {"timings": timings})
+
+
+def _sounding(sample: Callable[[int], FloatArray], manifest: Manifest) -> FloatArray:
+    """The first of ATTEMPTS samples (S, frames, mels) in which no stem rests, or that in which fewest do.
+
+    A stem may rest in a song, so a model may say so; but who arms a track wants it played.
+    """
+    best = sample(0)
+    for attempt in range(1, ATTEMPTS):
+        if not _resting(best, manifest).any():
+            break
+        other = sample(attempt)
+        if _resting(other, manifest).sum() < _resting(best, manifest).sum():
+            best = other
+    return best
+
+
+def _resting(mels: FloatArray, manifest: Manifest) -> NDArray[np.bool_]:
+    """(S,) which of the stems (S, frames, mels), log magnitude, is RESTING_DB under a band in every frame."""
+    if manifest.level is None:
+        return np.zeros(len(mels), bool)
+    least = 10 ** ((manifest.level.mixture_db - RESTING_DB) / 10)
+    starts = range(0, mels.shape[1], manifest.window_frames)
+    parts = [np.exp(2 * mels[:, start : start + manifest.window_frames]).mean(axis=2) for start in starts]
+    return np.asarray(np.max([part.max(axis=1) for part in parts], axis=0) < least)
 
 
 def _told(

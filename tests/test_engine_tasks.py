@@ -75,6 +75,29 @@ def test_fill_keeps_rate_length_and_channels(tiny_model: Model, rate: int, chann
     assert all(np.array_equal(piano.samples[0], row) for row in piano.samples)
 
 
+@pytest.mark.parametrize("quiet", [0, 1, 2, 3])
+def test_what_is_armed_is_heard(tiny_model: Model, monkeypatch: pytest.MonkeyPatch, quiet: int) -> None:
+    """A sample in which the piano rests is followed by others, three at most."""
+    calls = 0
+    decode = tasks.decode_timeline
+
+    def decode_quietly(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        mels = decode(*given) + 5.0
+        return np.full_like(mels, -11.0) if calls <= quiet else mels
+
+    monkeypatch.setattr(tasks, "decode_timeline", decode_quietly)
+    takes = []
+    for _ in range(2):
+        calls = 0
+        takes.append(tasks.fill(tiny_model, without("piano"), ["piano"], settings=FEW))
+        assert calls == min(quiet + 1, 3)
+    assert content(takes[0]) == content(takes[1])
+    rests = ["The stem piano rests: nothing of it is heard."] if quiet == 3 else []
+    assert takes[0].record["warnings"] == rests
+
+
 @pytest.mark.parametrize("which", MODELS)
 def test_fill_listens(which: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)
