@@ -33,6 +33,40 @@ class StemUNetConfig:
     expansion: float = 3.0
     grid: int = 6
     chords: int = 25
+    tones: int = 0  # the last of the channels, which say what pitch classes sound; see Harmony
+    harmony: int = 192
+    harmony_blocks: int = 5
+
+
+class Harmony(nn.Module):
+    """What pitch classes the stems play: the part of the UNet that reads and writes the tones alone.
+
+    Tones are few and follow from chords, metre and the other stems' tones, whatever these sound like: a small
+    network learns them from many more songs and in all keys (training.train_harmony), and the rest of the
+    UNet hears what it found.
+    """
+
+    def __init__(self, config: StemUNetConfig) -> None:
+        super().__init__()
+        c = config
+        known = c.stems * c.tones + c.stems + c.tones + 1 + c.stems + c.grid + c.chords
+        self.inward = nn.Linear(c.stems * c.tones + known, c.harmony)
+        self.time = nn.Sequential(nn.Linear(c.harmony, c.harmony), nn.SiLU())
+        self.blocks = nn.ModuleList(ConvBlock(c.harmony, 2.0, 15, c.harmony) for _ in range(c.harmony_blocks))
+        self.norm = nn.LayerNorm(c.harmony)
+        self.outward = nn.Linear(c.harmony, c.stems * c.tones)
+        self.width = c.harmony
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy tones and what is known (B, T, n) -> hidden (B, T, harmony), prediction (B, T, S x 12)."""
+        cond = self.time(timestep_embedding(timestep, self.width))
+        h = self.inward(x)
+        for block in self.blocks:
+            h = block(h, cond)
+        h = self.norm(h)
+        return h, self.outward(h)
 
 
 class Attention(nn.Module):
@@ -98,9 +132,14 @@ class StemUNet(nn.Module):
         self.grow = nn.Linear(c.inner, 2 * c.width)
         self.up = nn.ModuleList(ConvBlock(c.width, c.expansion, 7, c.cond) for _ in range(c.blocks_up))
         self.norm = nn.LayerNorm(c.width)
-        self.outward = nn.Linear(c.width, c.stems * z)
+        self.outward = nn.Linear(c.width, c.stems * (z - c.tones))
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
+        self.harmony = Harmony(c) if c.tones else None
+        if c.tones:
+            self.hear = nn.Linear(c.harmony, c.width)
+            nn.init.zeros_(self.hear.weight)
+            nn.init.zeros_(self.hear.bias)
 
     def forward(
         self,
@@ -117,20 +156,26 @@ class StemUNet(nn.Module):
     ) -> torch.Tensor:
         c = self.config
         batch, length = latents.shape[0], latents.shape[3]
-        stems = mixture_stems[:, None] * mixture_mask[..., None]
-        known = [_frames(context), context_mask.transpose(1, 2)]
-        heard = [_frames(mixture[:, None]), mixture_mask[..., None], stems]
-        x = torch.cat([_frames(latents), *known, *heard, grid, chords], -1)
+        mask, heard = context_mask.transpose(1, 2), mixture_mask[..., None]
+        stems = mixture_stems[:, None] * heard
+        pictures = [latents, context, mixture[:, None]]
+        rest = [mask, torch.cat([heard, stems, grid, chords], -1)]
         cond = self.time(timestep_embedding(timestep, c.cond))
         cond = self.cond(torch.cat([cond, self.film(film) * math.sqrt(c.film)], -1))
-        h = self.inward(x)
+        h = self.inward(_joined(pictures, rest))
+        parts = []
+        if self.harmony is not None:
+            told = _joined([x[:, :, -c.tones :] for x in pictures], rest)
+            hidden, tones = self.harmony(told, timestep)
+            h = h + self.hear(hidden)
+            parts = [tones.reshape(batch, length, c.stems, c.tones)]
         for block in self.down:
             h = block(h, cond)
         h = h + self.attended(h, cond)
         for block in self.up:
             h = block(h, cond)
-        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, c.channels, c.freq)
-        return out.permute(0, 2, 3, 1, 4)
+        out = torch.cat([self.outward(self.norm(h)).reshape(batch, length, c.stems, -1), *parts], -1)
+        return out.reshape(batch, length, c.stems, c.channels, c.freq).permute(0, 2, 3, 1, 4)
 
     def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """(B, T, width) of what the level below sees in the whole window."""
@@ -148,6 +193,12 @@ class StemUNet(nn.Module):
         rates = torch.exp(-math.log(1000.0) * torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angles = position[:, None] * rates
         return angles.cos(), angles.sin()
+
+
+def _joined(pictures: list[torch.Tensor], rest: list[torch.Tensor]) -> torch.Tensor:
+    """(B, T, n): latents, context and its mask, mixture and everything else of each latent frame."""
+    latents, context, mixture = (_frames(x) for x in pictures)
+    return torch.cat([latents, context, rest[0], mixture, rest[1]], -1)
 
 
 def _frames(x: torch.Tensor) -> torch.Tensor:

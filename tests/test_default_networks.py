@@ -38,8 +38,9 @@ GEOMETRY = Mel(
     sample_rate=16000, n_fft=256, win_length=256, hop=32, n_mels=MELS, f_min=0, f_max=8000, floor=1e-4
 )
 UNET = StemUNetConfig(
-    channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16
-)
+    channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16,
+    tones=12, harmony=16, harmony_blocks=1,
+)  # fmt: skip
 VAE = PatchVAEConfig(
     mels=MELS, channels=4, width=8, encoder_blocks=1, decoder_blocks=1, tones=12, tones_width=8
 )

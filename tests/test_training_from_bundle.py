@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import onnxruntime as ort
@@ -11,8 +14,9 @@ import soundfile as sf
 import torch
 
 import bridge.demo_song
-from engine.bundle import load_bundle
+from engine.bundle import Bundle, load_bundle
 from engine.manifest import Mel
+from export.stem_unet import StemUNet, StemUNetConfig
 from training import from_bundle
 from training.from_bundle import fill_in, gathered, read_towers, read_unet, read_vae, spread
 from training.mel import GEOMETRY, log_mel
@@ -38,10 +42,10 @@ def test_a_smooth_spectrum_survives_the_way_to_other_bands_and_back() -> None:
     assert torch.allclose(rows, torch.ones_like(rows))
 
 
-def unet_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+def unet_shapes(channels: int, film: int = 128) -> dict[str, tuple[int, ...]]:
     return {
         "latents": (1, 4, channels, 24, 1),
-        "film": (1, 128),
+        "film": (1, film),
         "context": (1, 4, channels, 24, 1),
         "context_mask": (1, 4, 24),
         "mixture": (1, channels, 24, 1),
@@ -52,21 +56,28 @@ def unet_shapes(channels: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def test_a_unet_for_more_channels_computes_the_same_in_the_old_ones() -> None:
-    bundle = load_bundle()
-    channels = bundle.manifest.latent.channels
-    few, many = read_unet(bundle).eval(), read_unet(bundle, channels + 5).eval()
-    generator = torch.Generator().manual_seed(0)
-    wide = {
-        name: torch.randn(shape, generator=generator) for name, shape in unet_shapes(channels + 5).items()
-    }
-    narrow = wide | {name: wide[name][:, :, :channels] for name in ("latents", "context")}
-    narrow["mixture"] = wide["mixture"][:, :channels]
+def test_a_unet_for_more_tones_reads_nothing_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a bundle whose latents had no tones: the old channels come out as before."""
+    sizes = StemUNetConfig(
+        channels=5, film=8, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16
+    )
+    torch.manual_seed(0)
+    before = StemUNet(sizes).eval()
     with torch.no_grad():
-        expected = few(timestep=torch.tensor([300]), **narrow)
-        found = many(timestep=torch.tensor([300]), **wide)
-    assert (found[:, :, channels:] == 0).all()
-    assert torch.allclose(found[:, :, :channels], expected, atol=1e-4)
+        for weight in before.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    manifest = SimpleNamespace(networks={"unet": asdict(sizes)})
+    bundle = SimpleNamespace(manifest=manifest, path=Path)
+    monkeypatch.setattr(from_bundle, "read_weights", lambda path: before.state_dict())
+    after = read_unet(cast(Bundle, bundle), 12).eval()
+    wide = {name: torch.randn(shape) for name, shape in unet_shapes(17, film=8).items()}
+    narrow = wide | {name: wide[name][:, :, :5] for name in ("latents", "context")}
+    narrow["mixture"] = wide["mixture"][:, :5]
+    with torch.no_grad():
+        expected = before(timestep=torch.tensor([300]), **narrow)
+        found = after(timestep=torch.tensor([300]), **wide)
+    assert found.shape == (1, 4, 17, 24, 1)
+    assert torch.allclose(found[:, :, :5], expected, atol=1e-5)
 
 
 def test_the_unet_computes_what_the_bundles_does() -> None:

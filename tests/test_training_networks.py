@@ -340,6 +340,23 @@ def test_tones_are_learnt_from_notes_and_lie_behind_the_other_latents() -> None:
         train_vae.tone_loss(without.encoder, mel, played, "cpu")
 
 
+def test_a_murmur_is_as_loud_and_has_another_pitch() -> None:
+    torch.manual_seed(0)
+    mel = torch.full((10, 1, 96, BANDS), FLOOR)
+    for i in range(3):  # a melody of three notes, each in its own bands
+        mel[:, :, 32 * i : 32 * (i + 1), 10 * i : 10 * i + 10] = -1.0
+    mel[3] = FLOOR  # a piano that rests
+    found = train_vae.murmured(mel)
+    assert found.shape == mel.shape and torch.equal(found[[1, 4, 6, 9]], mel[[1, 4, 6, 9]]), "drums, mixtures"
+    assert torch.equal(found[3], mel[3])
+    assert torch.allclose(found.mean(3), mel.mean(3), atol=0.5)
+    others = found[0, 0, :32, 10:30].max()
+    assert others > mel[0, 0, :32, 10:30].max() + 0.5, "notes of other times are heard"
+    vae = PatchVAE(PatchVAEConfig(**SMALL, tones=12, tones_width=8))
+    value, _ = train_vae.losses(vae, mel, "cpu", murmur=True)
+    assert torch.isfinite(value)
+
+
 def test_noise_on_the_latents_reaches_the_decoder_only() -> None:
     torch.manual_seed(0)
     vae = PatchVAE(PatchVAEConfig())

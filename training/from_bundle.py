@@ -4,7 +4,8 @@ Writes vae/, towers/ and unet/ with a checkpoint each, as the training commands 
 optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than the bundle, the
 layers that read or write bands are made anew such that the latents stay close to those that the UNet knows;
 a short training of the VAE makes up for the rest. Where the bundle's latents have no tones, these are added,
-untrained, and neither decoder nor UNet takes notice of them yet (`train_vae --tones-only` comes first).
+untrained, and neither decoder nor UNet takes notice of them yet: `train_vae --tones-only` and `train_harmony`
+come first.
 """
 
 from __future__ import annotations
@@ -165,33 +166,31 @@ def read_towers(bundle: Bundle) -> CaptionTowers:
     return towers
 
 
-def read_unet(bundle: Bundle, channels: int | None = None) -> StemUNet:
-    """The UNet, for latents of `channels` channels, the bundle's own where none are given.
+def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
+    """The UNet, for latents with so many tones, the bundle's own where none are given.
 
-    Further channels are neither read nor written: their weights are zeros.
+    Tones that the bundle's latents lack are not read, and what writes them is untrained.
     """
     sizes = StemUNetConfig(**bundle.manifest.networks["unet"])
     weights = read_weights(bundle.path("unet.onnx"))
-    unet = StemUNet(replace(sizes, channels=channels or sizes.channels))
-    if unet.config.channels > sizes.channels:
-        places = _places(sizes, unet.config.channels)
+    more = 0 if tones is None else tones - sizes.tones
+    unet = StemUNet(replace(sizes, channels=sizes.channels + more, tones=sizes.tones + more))
+    if more:
+        state = unet.state_dict()
+        weights |= {name: state[name] for name in state if name.startswith(("harmony.", "hear."))}
         read = torch.zeros_like(unet.inward.weight)
-        read[:, places] = weights["inward.weight"]
-        written = places[: sizes.stems * sizes.channels]
-        rows, bias = torch.zeros_like(unet.outward.weight), torch.zeros_like(unet.outward.bias)
-        rows[written], bias[written] = weights["outward.weight"], weights["outward.bias"]
-        weights |= {"inward.weight": read, "outward.weight": rows, "outward.bias": bias}
+        read[:, _places(sizes, unet.config.channels)] = weights["inward.weight"]
+        weights["inward.weight"] = read
     fill_in(unet, weights)
     return unet
 
 
 def _places(sizes: StemUNetConfig, channels: int) -> torch.Tensor:
     """Where each column of the UNet's first layer is when latents have `channels` channels."""
-    vectors = 2 * sizes.stems  # latents, then context
     kept = torch.arange(channels) < sizes.channels
-    every = torch.ones(sizes.stems + 1 + sizes.grid + sizes.chords, dtype=torch.bool)
-    context_mask = torch.ones(sizes.stems, dtype=torch.bool)
-    return torch.cat([kept.repeat(vectors), context_mask, kept, every]).nonzero()[:, 0]
+    mask = torch.ones(sizes.stems, dtype=torch.bool)
+    rest = torch.ones(1 + sizes.stems + sizes.grid + sizes.chords, dtype=torch.bool)
+    return torch.cat([kept.repeat(2 * sizes.stems), mask, kept, rest]).nonzero()[:, 0]
 
 
 def _write(network: nn.Module, folder: Path, minutes: float, step: int) -> None:
@@ -214,7 +213,7 @@ def main() -> None:
     songs = load_songs(args.data / "train")
     spent = bundle.manifest.provenance["training"]
     vae, towers = read_vae(bundle), read_towers(bundle)
-    unet = read_unet(bundle, vae.config.latents)
+    unet = read_unet(bundle, TONES)
     if bundle.manifest.mel != GEOMETRY:
         aligned(vae, batch_of_mels(songs, 64, np.random.default_rng(0)))
     for name, network in (("vae", vae), ("towers", towers), ("unet", unet)):

@@ -95,7 +95,15 @@ def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[Render
 
 def unet_config(frozen: Frozen) -> StemUNetConfig:
     """The default's UNet for these latents and embeddings."""
-    return StemUNetConfig(channels=frozen.vae.config.latents, film=frozen.towers.config.embedding)
+    vae = frozen.vae.config
+    return StemUNetConfig(channels=vae.latents, tones=vae.tones, film=frozen.towers.config.embedding)
+
+
+def begin_with(model: StemUNet, harmony: Path | None, out: Path) -> None:
+    """The trained harmony of a folder, for a model that has none of its own in `out` yet."""
+    if harmony is not None and model.harmony is not None and not (out / "checkpoint.pt").exists():
+        load_ema(harmony, model.harmony)
+        model.harmony.train().requires_grad_(True)
 
 
 @torch.no_grad()
@@ -124,7 +132,7 @@ def error_metric(decoder: Decoder, deviation: torch.Tensor, mels: torch.Tensor) 
     return torch.linalg.cholesky((heard + plain) / 2).mT.contiguous()
 
 
-def _known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """(B, T) of 0 or 1: mostly nothing; a known start (windows that join), a known start and end, or gaps."""
     known = np.zeros((batch, length), np.float32)
     for row in known:
@@ -158,9 +166,9 @@ def make_batch(
     unnamed = as_mixture & (rng.random(batch) < 0.5)  # and as other material, not said to hold our stems
     context_stems = subset & (fill & ~as_mixture)[:, None]
     mixed: NDArray[np.bool_] = split[:, None] | (subset & as_mixture[:, None])
-    times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, _known_times(batch, length, rng))
-    known_times = times[:, None, :] * ~as_mixture[:, None, None]
-    context_mask = np.maximum(context_stems[:, :, None], known_times).astype(np.float32)
+    times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, known_times(batch, length, rng))
+    spans = times[:, None, :] * ~as_mixture[:, None, None]
+    context_mask = np.maximum(context_stems[:, :, None], spans).astype(np.float32)
     mixture_known = mixed.any(1)
     mixture_mel = windows.mixture.clone()
     parts = torch.from_numpy(as_mixture)
@@ -192,14 +200,14 @@ def make_batch(
         "mixture": mixture * mixture_mask[:, None, :, None],
         "mixture_mask": mixture_mask,
         "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float(),
-        "grid": _dropped(conditions.grid(windows, length), 0.5, rng),
-        "chords": _dropped(torch.where(told, conditions.chords(windows, length), heard_chords), 0.3, rng),
+        "grid": dropped(conditions.grid(windows, length), 0.5, rng),
+        "chords": dropped(torch.where(told, conditions.chords(windows, length), heard_chords), 0.3, rng),
     }
     splits = torch.from_numpy(split & (times.sum(1) == 0))
     return Batch(latents, inputs, loss_mask, splits, windows.mels, windows.mixture)
 
 
-def _dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
+def dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
     """(B, T, C) with that share of its samples set to zero, unknown."""
     return x * torch.from_numpy((rng.random(len(x)) >= share).astype(np.float32))[:, None, None]
 
@@ -314,6 +322,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="training folder of the VAE")
     parser.add_argument("--towers", type=Path, required=True, help="training folder of the towers")
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
+    parser.add_argument("--harmony", type=Path, help="training folder of what the tones are begun with")
     parser.add_argument("--favour", choices=STEMS, help="a stem to train more than the others")
     args = parser.parse_args()
     config = loop_config(args, validate_every=300.0)
@@ -324,6 +333,7 @@ def main() -> None:
     frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     model = StemUNet(unet_config(frozen))
+    begin_with(model, args.harmony, config.out)
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured)

@@ -9,15 +9,19 @@ import torch
 from torch import nn
 
 from engine.features import mel_edges
+from engine.harmony import UNPITCHED
 from export.patch_vae import Encoder, PatchVAE, PatchVAEConfig
 from training import conditions
 from training.dataset import RenderedSong, Windows, draw, load_songs
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
-from training.mel import GEOMETRY, LATENT_FRAMES, TONES
+from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES
+from training.stems import STEMS
 
 FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a second
 KL_WEIGHT = 5e-5
 TONE_WEIGHT = 1.0
+PITCHED = [i for i, stem in enumerate(STEMS) if stem not in UNPITCHED]
+OTHER_TIMES = 5  # that a murmur mixes
 LOW_BANDS = int((mel_edges(GEOMETRY)[1:-1] < 1400).sum())  # where the pitch is
 
 
@@ -49,15 +53,41 @@ def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     return ((estimate - mel).abs() * weight).mean() / weight.mean()
 
 
-def losses(model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0) -> tuple[torch.Tensor, Logs]:
+def murmured(mel: torch.Tensor) -> torch.Tensor:
+    """(N, 1, frames, mels), log: pitched stems as loud in each frame, but playing a mixture of other times.
+
+    To a random extent. N counts the four stems and the mixture of each window. That is what a UNet writes
+    that is unsure of the notes: rhythm and timbre without a pitch.
+    """
+    x = mel.unflatten(0, (-1, len(STEMS) + 1))[:, PITCHED]
+    level = x.mean(-1, keepdim=True)
+    loudness = (level - FLOOR).clamp_min(1e-3).square()
+    shifts = torch.randint(x.shape[3], (OTHER_TIMES,)).tolist()
+    total = sum(torch.roll((x - level) * loudness, by, 3) for by in shifts)
+    weight = sum(torch.roll(loudness, by, 3) for by in shifts)
+    extent = torch.rand(*x.shape[:2], 1, 1, 1, device=mel.device)
+    blurred = level + (1 - extent) * (x - level) + extent * total / weight
+    out = mel.unflatten(0, (-1, len(STEMS) + 1)).clone()
+    sounding = x.amax(-1, keepdim=True) > FLOOR + 0.1
+    out[:, PITCHED] = torch.where(sounding, blurred, x).clamp_min(FLOOR)
+    return out.flatten(0, 1)
+
+
+def losses(
+    model: PatchVAE, mel: torch.Tensor, device: str, noise: float = 0.0, murmur: bool = False
+) -> tuple[torch.Tensor, Logs]:
     """Reconstruction + KL to a standard normal (Kingma & Welling 2014, eq. 10).
 
     noise: the latents get up to this deviation more, another one for each window, because those that the UNet
     writes are not exact either: a decoder that has heard only exact ones makes speckles of the difference.
+    murmur: all latents but the tones are those of `murmured`, so that the decoder takes the pitch from the
+    tones.
     """
     plain = model.config.channels
     with mixed_precision(device):
         mean, log_variance = model.moments(mel)
+        if murmur:
+            mean = torch.cat([model.moments(murmured(mel))[0][:, :plain], mean[:, plain:]], 1)
         mean, log_variance = mean.float(), log_variance.float()
         latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         latents = latents + noise * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)
@@ -88,6 +118,7 @@ def main() -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--decoder-only", action="store_true", help="the encoder stays, and the UNet with it")
     part.add_argument("--tones-only", action="store_true", help="what hears pitch classes, and nothing else")
+    parser.add_argument("--murmur", action="store_true", help="pitch in the tones alone, --decoder-only")
     args = parser.parse_args()
     config = loop_config(args)
     rng = np.random.default_rng(args.seed)
@@ -108,7 +139,7 @@ def main() -> None:
         mel = with_mixtures(windows).to(args.device)
         value, logs = torch.zeros((), device=args.device), Logs()
         if not args.tones_only:
-            value, logs = losses(network, mel, args.device, args.noise)
+            value, logs = losses(network, mel, args.device, args.noise, args.murmur)
         if not args.decoder_only:
             error, heard = tone_loss(network.encoder, mel, sounding(windows).to(args.device), args.device)
             value, logs = value + TONE_WEIGHT * error, logs | heard
