@@ -43,7 +43,7 @@ class Harmony(nn.Module):
 
     Tones are few and follow from chords, metre and the other stems' tones, whatever these sound like: a small
     network learns them from many more songs and in all keys (training.train_harmony), and the rest of the
-    UNet hears what it found.
+    UNet hears what it found and adds to it.
     """
 
     def __init__(self, config: StemUNetConfig) -> None:
@@ -132,7 +132,7 @@ class StemUNet(nn.Module):
         self.grow = nn.Linear(c.inner, 2 * c.width)
         self.up = nn.ModuleList(ConvBlock(c.width, c.expansion, 7, c.cond) for _ in range(c.blocks_up))
         self.norm = nn.LayerNorm(c.width)
-        self.outward = nn.Linear(c.width, c.stems * (z - c.tones))
+        self.outward = nn.Linear(c.width, c.stems * z)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
         self.harmony = Harmony(c) if c.tones else None
@@ -163,19 +163,22 @@ class StemUNet(nn.Module):
         cond = self.time(timestep_embedding(timestep, c.cond))
         cond = self.cond(torch.cat([cond, self.film(film) * math.sqrt(c.film)], -1))
         h = self.inward(_joined(pictures, rest))
-        parts = []
+        tones = None
         if self.harmony is not None:
             told = _joined([x[:, :, -c.tones :] for x in pictures], rest)
             hidden, tones = self.harmony(told, timestep)
             h = h + self.hear(hidden)
-            parts = [tones.reshape(batch, length, c.stems, c.tones)]
         for block in self.down:
             h = block(h, cond)
         h = h + self.attended(h, cond)
         for block in self.up:
             h = block(h, cond)
-        out = torch.cat([self.outward(self.norm(h)).reshape(batch, length, c.stems, -1), *parts], -1)
-        return out.reshape(batch, length, c.stems, c.channels, c.freq).permute(0, 2, 3, 1, 4)
+        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, c.channels, c.freq)
+        if tones is not None:
+            # the rest of the UNet knows the rhythm, and corrects them
+            tones = tones.reshape(batch, length, c.stems, c.tones, 1)
+            out = out + F.pad(tones, (0, 0, c.channels - c.tones, 0))
+        return out.permute(0, 2, 3, 1, 4)
 
     def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """(B, T, width) of what the level below sees in the whole window."""

@@ -180,7 +180,10 @@ def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
         weights |= {name: state[name] for name in state if name.startswith(("harmony.", "hear."))}
         read = torch.zeros_like(unet.inward.weight)
         read[:, _places(sizes, unet.config.channels)] = weights["inward.weight"]
-        weights["inward.weight"] = read
+        rows = (torch.arange(unet.config.channels) < sizes.channels).repeat(sizes.stems)
+        written, bias = torch.zeros_like(unet.outward.weight), torch.zeros_like(unet.outward.bias)
+        written[rows], bias[rows] = weights["outward.weight"], weights["outward.bias"]
+        weights |= {"inward.weight": read, "outward.weight": written, "outward.bias": bias}
     fill_in(unet, weights)
     return unet
 

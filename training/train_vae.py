@@ -21,7 +21,7 @@ FRAMES = 64 * LATENT_FRAMES  # 3 s is plenty for a network that sees half a seco
 KL_WEIGHT = 5e-5
 TONE_WEIGHT = 1.0
 PITCHED = [i for i, stem in enumerate(STEMS) if stem not in UNPITCHED]
-OTHER_TIMES = 5  # that a murmur mixes
+OTHER_TIMES = (1, 2, 5)  # how many a murmur mixes; of one it is a wrong pitch and no murmur
 LOW_BANDS = int((mel_edges(GEOMETRY)[1:-1] < 1400).sum())  # where the pitch is
 
 
@@ -57,12 +57,13 @@ def murmured(mel: torch.Tensor) -> torch.Tensor:
     """(N, 1, frames, mels), log: pitched stems as loud in each frame, but playing a mixture of other times.
 
     To a random extent. N counts the four stems and the mixture of each window. That is what a UNet writes
-    that is unsure of the notes: rhythm and timbre without a pitch.
+    that is unsure of the notes: rhythm and timbre without a pitch, or with a wrong one.
     """
     x = mel.unflatten(0, (-1, len(STEMS) + 1))[:, PITCHED]
     level = x.mean(-1, keepdim=True)
     loudness = (level - FLOOR).clamp_min(1e-3).square()
-    shifts = torch.randint(x.shape[3], (OTHER_TIMES,)).tolist()
+    count = OTHER_TIMES[int(torch.randint(len(OTHER_TIMES), ()))]
+    shifts = torch.randint(x.shape[3], (count,)).tolist()
     total = sum(torch.roll((x - level) * loudness, by, 3) for by in shifts)
     weight = sum(torch.roll(loudness, by, 3) for by in shifts)
     extent = torch.rand(*x.shape[:2], 1, 1, 1, device=mel.device)
