@@ -161,6 +161,10 @@ class Level(_Part):
 
     mixture_db: float
     context_db: float
+    makeup_db: dict[str, float] = Field(
+        default_factory=dict,
+        description="by stem, gain on what is made: where a model is unsure it is too quiet",
+    )
 
 
 class Manifest(_Part):
@@ -214,6 +218,8 @@ class Manifest(_Part):
             raise ValueError("the capability grid and its layout go together")
         if "masks" in declared and "mixture" not in declared:
             raise ValueError("the capability masks refines splits, which need mixture")
+        if self.level is not None and not set(self.level.makeup_db) <= set(self.stems):
+            raise ValueError("makeup_db names a stem that is none")
         if ("chords" in declared) != (self.chords is not None):
             raise ValueError("the capability chords and its layout go together")
         return self

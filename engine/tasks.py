@@ -80,7 +80,7 @@ def generate(
     )
     started = clock(timings, "sample", started)
     rate = model.manifest.vocoder.sample_rate
-    rendered = _render(model, latents, callback)
+    rendered = _render(model, latents, callback) * _makeup(model.manifest, model.manifest.stems)
     stems = {
         name: Audio(fit(rendered[i : i + 1], round(seconds * rate)), rate)
         for i, name in enumerate(model.manifest.stems)
@@ -165,7 +165,7 @@ def fill(
     mels = _sounding(sample, model.manifest)
     started = clock(timings, "sample", started)
     rendered = vocode_timeline(model, mels, stretch(callback, "render", 0.85, 1.0))
-    rendered /= np.float32(gain)
+    rendered *= _makeup(model.manifest, wanted) / np.float32(gain)
     at_rate = fit(resample(Audio(rendered, model.manifest.vocoder.sample_rate), rate).samples, length)
     stems = {
         name: Audio(np.broadcast_to(at_rate[i], (channels, length)), rate) for i, name in enumerate(wanted)
@@ -244,7 +244,8 @@ def continue_(
     started = clock(timings, "sample", started)
     wanted = [name for name in manifest.stems if name in before]
     rendered = _render(model, latents[[manifest.stems.index(name) for name in wanted]], callback)
-    rendered = rendered[:, heard * manifest.latent.frames * manifest.vocoder.hop :] / np.float32(gain)
+    rendered = rendered[:, heard * manifest.latent.frames * manifest.vocoder.hop :]
+    rendered *= _makeup(manifest, wanted) / np.float32(gain)
     size = round(seconds * rate)
     at_rate = fit(resample(Audio(rendered, manifest.vocoder.sample_rate), rate).samples, size)
     stems = {
@@ -442,6 +443,12 @@ def _render(model: Model, latents: FloatArray, callback: Callback | None) -> Flo
     decoding: Report = stretch(callback, "render", 0.8, 0.85)
     vocoding: Report = stretch(callback, "render", 0.85, 1.0)
     return vocode_timeline(model, decode_timeline(model, latents, decoding), vocoding)
+
+
+def _makeup(manifest: Manifest, stems: Sequence[str]) -> FloatArray:
+    """(len(stems), 1) factors that bring what the model makes of each stem to its usual level."""
+    db = {} if manifest.level is None else manifest.level.makeup_db
+    return np.array([[10 ** (db.get(stem, 0.0) / 20)] for stem in stems], np.float32)
 
 
 def _request(

@@ -116,6 +116,11 @@ def test_manifest_field_out_of_range(folder: Path) -> None:
     assert "mel.hop" in refused(folder)
 
 
+def test_manifest_with_makeup_for_a_stem_that_is_none(folder: Path) -> None:
+    edit(folder, lambda values: values["level"].update(makeup_db={"kazoo": 3.0}))
+    assert "makeup_db" in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\\b", "c:x"])
 def test_manifest_that_points_outside(folder: Path, name: str) -> None:
     edit(folder, lambda values: values["files"].update({name: "0" * 64}))

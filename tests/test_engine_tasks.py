@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -73,6 +74,32 @@ def test_fill_keeps_rate_length_and_channels(tiny_model: Model, rate: int, chann
     assert piano.sample_rate == rate
     assert piano.samples.shape == (channels, max(audio.length for audio in context.values()))
     assert all(np.array_equal(piano.samples[0], row) for row in piano.samples)
+
+
+def with_makeup(model: Model, **makeup_db: float) -> Model:
+    """The same model with another manifest."""
+    louder = copy.copy(model)
+    level = model.manifest.level
+    assert level is not None
+    level = level.model_copy(update={"makeup_db": makeup_db})
+    louder.manifest = model.manifest.model_copy(update={"level": level})
+    return louder
+
+
+def test_makeup_makes_louder_what_is_made(tiny_model: Model) -> None:
+    louder = with_makeup(tiny_model, piano=6.0)
+
+    def takes(model: Model) -> list[Take]:
+        return [
+            tasks.generate(model, seconds=1.0, settings=FEW),
+            tasks.fill(model, without("piano", "bass"), ["piano", "bass"], settings=FEW),
+            tasks.continue_(model, band(), seconds=1.0, settings=FEW),
+        ]
+
+    for before, after in zip(takes(tiny_model), takes(louder), strict=True):
+        for name, audio in before.stems.items():
+            gain = 10 ** (6 / 20) if name == "piano" else 1.0
+            assert np.allclose(after.stems[name].samples, gain * audio.samples, rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("quiet", [0, 1, 2, 3])
