@@ -57,9 +57,9 @@ class Tones(nn.Module):
         return self.outward(self.norm(self.block(self.inward(patches))))
 
 
-def tone_latents(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of pitch classes -> their latents."""
-    return (logits.sigmoid() - TONE_LEVEL) * TONE_SCALE
+def tone_latents(sounding: torch.Tensor) -> torch.Tensor:
+    """Probabilities that pitch classes sound -> their latents."""
+    return (sounding - TONE_LEVEL) * TONE_SCALE
 
 
 class Encoder(nn.Module):
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         mean = self.linear(x) + moments[..., : c.channels]
         log_variance = moments[..., c.channels :].clamp(-12, 4)
         if self.tones is not None:
-            tones = tone_latents(self.tones(x))
+            tones = tone_latents(self.tones(x).sigmoid())
             mean = torch.cat([mean, tones], -1)
             log_variance = torch.cat([log_variance, torch.full_like(tones, -12.0)], -1)
         return torch.cat([mean, log_variance], -1).transpose(1, 2)[..., None]

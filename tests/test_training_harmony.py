@@ -117,7 +117,7 @@ def test_the_truth_costs_nothing_and_explains_all(melodies: list[Melody]) -> Non
     found = explained(Oracle(drawn.latents), melodies, SCALE, "cpu")
     assert set(found) == {"explained_bass", "explained_guitar", "explained_piano"}
     assert min(found.values()) > 0.99
-    told = told_the_others(drawn, 0, SCALE)
+    told = told_the_others(drawn, 0)
     assert told.shape == (48, WINDOW, drawn.known.shape[2]) and (told[..., :TONES] == 0).all()
 
 

@@ -481,7 +481,7 @@ def test_statistics_are_measured_once(
     monkeypatch.setattr(train_unet, "PatchVAEConfig", lambda **given: replace(vae_config, **given))
     monkeypatch.setattr(train_unet, "CaptionTowersConfig", lambda **given: replace(towers_config, **given))
     monkeypatch.setattr(train_unet, "draw", lambda songs, batch, rng: draw(songs, batch, rng, frames=32))
-    statistics = tmp_path / "latents.pt"
+    statistics = tmp_path / "unet" / "latents.pt"  # the harmony is trained before that folder is there
     first = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(0)])
     again = train_unet.freeze(tmp_path / "vae", tmp_path / "towers", statistics, [song(1)])
     assert first.scale == again.scale and torch.equal(first.metric, again.metric)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.schedule import make_schedule
-from export.patch_vae import TONE_LEVEL, TONE_SCALE, PatchVAE
+from export.patch_vae import PatchVAE, tone_latents
 from export.stem_unet import Harmony, StemUNetConfig
 from training import conditions
 from training.dataset import MAGNITUDES, RenderedSong, Windows, load_songs
@@ -123,10 +123,10 @@ def make_batch(
     times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, known_times(batch, WINDOW, rng))
     times = times * ~as_mixture[:, None]
     context_mask = torch.from_numpy(np.maximum(given[:, :, None], times[:, None]).astype(np.float32))
-    latents = (heard - TONE_LEVEL) * TONE_SCALE * scale
+    latents = tone_latents(heard) * scale
     anything = torch.from_numpy(mixed.any(1)).float()[:, None, None]
     mixture = torch.where(torch.from_numpy(mixed)[:, :, None, None], heard, 0.0).amax(1)
-    mixture = (mixture - TONE_LEVEL) * TONE_SCALE * scale * anything
+    mixture = tone_latents(mixture) * scale * anything
     flags = anything.expand(-1, WINDOW, 1)
     known = [
         (latents * context_mask[..., None]).transpose(1, 2).flatten(2),
@@ -175,7 +175,7 @@ def explained(network: Harmony, melodies: list[Melody], scale: float, device: st
     for i, stem in enumerate(STEMS):
         if stem == "drums":
             continue
-        known = told_the_others(batch, i, scale).to(device)
+        known = told_the_others(batch, i).to(device)
         clean = batch.latents[:, i].to(device)
         noise = torch.randn(
             len(known), WINDOW, len(STEMS) * TONES, generator=torch.Generator().manual_seed(i)
@@ -188,7 +188,7 @@ def explained(network: Harmony, melodies: list[Melody], scale: float, device: st
     return logs
 
 
-def told_the_others(batch: Batch, stem: int, scale: float) -> torch.Tensor:
+def told_the_others(batch: Batch, stem: int) -> torch.Tensor:
     """What the network is told where all stems but one are known."""
     mask = torch.ones(len(batch.latents), len(STEMS), WINDOW)
     mask[:, stem] = 0

@@ -89,6 +89,7 @@ def freeze(vae_run: Path, towers_run: Path, statistics: Path, songs: list[Render
     stored = torch.load(statistics, weights_only=True) if statistics.exists() else {}
     if "metric" not in stored:
         stored = measure_latents(vae, songs, stored.get("scale"))
+        statistics.parent.mkdir(parents=True, exist_ok=True)
         torch.save(stored, statistics)
     return Frozen(vae, towers, tokenizer, load_thresholds(towers_run), stored["scale"], stored["metric"])
 
@@ -328,7 +329,6 @@ def main() -> None:
     config = loop_config(args, validate_every=300.0)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    config.out.mkdir(parents=True, exist_ok=True)
     held_out = load_songs(args.data / "val")
     frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
