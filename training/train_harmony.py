@@ -24,7 +24,6 @@ from training.loop import Logs, add_arguments, loop_config, means, mixed_precisi
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
 from training.train_unet import (
-    FAVOURING,
     KNOWN_WEIGHT,
     LAST,
     LAST_SHARE,
@@ -35,6 +34,7 @@ from training.train_unet import (
     known_times,
 )
 
+SHARES = {"split": 0.2, "fill": 0.55, "generate": 0.25}
 SILENT = 0.08  # share of the stems that rest, as in training.dataset
 BLOCK = 64 * LATENT_FRAMES  # mel frames encoded at a time
 
@@ -112,7 +112,7 @@ def make_batch(
         [transposed(chords[..., :12], keys), transposed(chords[..., 12:24], keys), chords[..., 24:]], -1
     )
 
-    task = rng.choice(list(FAVOURING), size=batch, p=list(FAVOURING.values()))
+    task = rng.choice(list(SHARES), size=batch, p=list(SHARES.values()))
     split, fill = task == "split", task == "fill"
     subset = rng.random((batch, len(STEMS))) < 0.5
     subset[subset.all(1), 0] = False
