@@ -1,10 +1,10 @@
 """python -m bench.unet3d: one step of the reference's 3-D UNet, torch eager beside its ONNX exports.
 
 Random weights in the released geometry (four stems, z 8, 256 x 16, attention at 2x, 4x and 8x), a third of
-the released width unless told otherwise. Three exports run: `plain`, as the exporter writes the module;
-`fused`, with attention as one operator; and `folded`, what a bundle holds, with depth folded into 2-D
-convolutions besides. All take turns within each round, on as many threads, so that what else the machine
-does falls on all of them.
+the released width unless told otherwise. Four exports run: `plain`, as the exporter writes the module;
+`fused`, with attention as one operator; `folded`, with depth folded into 2-D convolutions besides; and
+`winograd`, with half of these convolutions' products (`export.conv3d`). All take turns within each round, on
+as many threads, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from bench.machine import describe_machine
 from bench.timing import interleaved
 from export import unet3d
 from export.onnx_writer import Input, write_graph
-from export.unet3d import UNet3d, UNet3dConfig, fold_depth
+from export.unet3d import UNet3d, UNet3dConfig
+from export.unet_form import in_form
 
 FREQUENCY, DEPTH = 16, 8
-VARIANTS = ("plain", "fused", "folded")
+VARIANTS = ("plain", "fused", "folded", "winograd")
 
 
 def main() -> None:
@@ -118,10 +119,10 @@ def export_variant(variant: str, config: UNet3dConfig, module: UNet3d, path: Pat
     ]
     outputs = {"prediction": inputs[0].shape}
     written: torch.nn.Module = module
-    if variant == "folded":
+    if variant in ("folded", "winograd"):
         written = UNet3d(config)
         written.load_state_dict(module.state_dict())
-        fold_depth(written)
+        in_form(written, variant, DEPTH)
     fused = unet3d.attend
     unet3d.attend = _written_out if variant == "plain" else fused
     try:

@@ -145,7 +145,7 @@ def import_checkpoint(
         manifest = _manifest(reference, generator.config, towers, scale, title, licence)
         separate = {"vae": vae, "vocoder": vocoder, "clap": clap}
         _report(callback, "choosing the UNet's form", 0.0)
-        unet, form = in_fastest_form(unet)
+        unet, form = in_fastest_form(unet, manifest.latent.channels, precision)
         provenance = _provenance(main, weights, separate) | {"unet": form}
         manifest = manifest.model_copy(update={"provenance": provenance})
         graphs: dict[str, nn.Module] = {

@@ -5,8 +5,7 @@ frequency only. The condition, a CLAP embedding, joins the time embedding throug
 have the names of the published checkpoints (a guided-diffusion UNet, arXiv:2105.05233), so a state dict loads
 as it is.
 
-`fold_depth` rewrites a loaded network for onnxruntime, whose 3-D convolutions are slow: the same arithmetic
-as 2-D convolutions, which it has fast kernels for.
+Its convolutions are rewritten for onnxruntime after loading, see `export.conv3d`.
 """
 
 from __future__ import annotations
@@ -192,52 +191,6 @@ class Upsample(nn.Module):
         batch, channels, depth, time, frequency = x.shape
         wide = functional.interpolate(x.flatten(1, 2), scale_factor=2.0, mode="nearest")
         return self.conv(wide.reshape(batch, channels, depth, 2 * time, 2 * frequency))
-
-
-class FoldedConv3d(nn.Module):
-    """A 3x3x3 convolution (stride 1 in depth) as the sum of three 2-D ones, one per tap in depth.
-
-    Depth is laid out along time, its slices apart by rows of zeros that serve as padding, so that a shift in
-    depth is one in time and costs a slice. A 1x1x1 convolution is a single 2-D one.
-    """
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        super().__init__()
-        self.stride = conv.stride[1]
-        self.bias = conv.bias
-        taps = conv.weight.detach().unbind(2)
-        self.taps = nn.ParameterList(nn.Parameter(tap.contiguous(), requires_grad=False) for tap in taps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, depth, time, frequency = x.shape
-        if len(self.taps) == 1:
-            rows = x.reshape(batch, channels, depth * time, frequency)
-            y = functional.conv2d(rows, self.taps[0], self.bias)
-            return y.reshape(batch, y.shape[1], depth, time, frequency)
-        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
-        padded = functional.pad(x, (0, 0, 0, step))
-        rows = padded.reshape(batch, channels, depth * (time + step), frequency)
-        before, here, after = (
-            functional.conv2d(part, tap, bias, stride=step, padding=1)
-            for part, tap, bias in (
-                (rows[:, :, : -(time + step)], self.taps[0], None),
-                (rows, self.taps[1], self.bias),
-                (rows[:, :, time + step :], self.taps[2], None),
-            )
-        )
-        shift = (time + step) // step
-        y = here + functional.pad(before, (0, 0, shift, 0)) + functional.pad(after, (0, 0, 0, shift))
-        return y.reshape(batch, y.shape[1], depth, shift, y.shape[3])[:, :, :, : time // step]
-
-
-def fold_depth(module: nn.Module) -> nn.Module:
-    """Replace every Conv3d inside `module` by its 2-D form, in place and one by one; return `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Conv3d):
-            setattr(module, name, FoldedConv3d(child))
-        else:
-            fold_depth(child)
-    return module
 
 
 def _conv(before: int, after: int, stride: tuple[int, int, int] = (1, 1, 1)) -> nn.Conv3d:

@@ -1,11 +1,12 @@
-"""Which form of the 3-D UNet's convolutions is faster on this machine: native, or depth folded to 2-D.
+"""Which form of the 3-D UNet's convolutions is fastest on this machine: native, folded to 2-D, or Winograd's.
 
-Both compute the same (`export.unet3d.FoldedConv3d`). Which one runs faster depends on the processor and on
-onnxruntime's provider, so one convolution of the width is timed in both as a model is imported.
+All compute the same (`export.conv3d`). Which one runs fastest depends on the processor and on onnxruntime's
+provider, so one convolution of the width is timed in each as a model is imported.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 import time
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.onnx_writer import Input, write_graph
-from export.unet3d import UNet3d, fold_depth
+from export.conv3d import fold_depth, winograd_depth
+from export.onnx_writer import Input, Precision, write_graph
+from export.unet3d import UNet3d
 
-FORMS = ("folded", "native")
+FORMS = ("winograd", "folded", "native")
 DEPTH, TIME, FREQUENCY = 8, 64, 16  # of the timed convolution, as in the second level of a released window
 WIDEST = 128  # a wider one takes longer to time and says the same
 ROUNDS = 5
@@ -35,15 +37,13 @@ def form_seconds(width: int) -> dict[str, float]:
     torch.manual_seed(0)
     channels = min(width, WIDEST)
     native = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1))
-    folded = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1))
-    folded.load_state_dict(native.state_dict())
+    modules = {form: in_form(copy.deepcopy(native), form, DEPTH) for form in FORMS}
     shape = ("batch", channels, DEPTH, "time", FREQUENCY)
     x = np.zeros((1, channels, DEPTH, TIME, FREQUENCY), np.float32)
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         sessions = {
-            form: _session(module, shape, Path(folder) / f"{form}.onnx")
-            for form, module in (("folded", fold_depth(folded)), ("native", native))
+            form: _session(module, shape, Path(folder) / f"{form}.onnx") for form, module in modules.items()
         }
         for number in range(ROUNDS + 1):
             for form, session in sessions.items():
@@ -54,12 +54,22 @@ def form_seconds(width: int) -> dict[str, float]:
     return {form: median(row) for form, row in seconds.items()}
 
 
-def in_fastest_form(unet: UNet3d) -> tuple[UNet3d, dict[str, Any]]:
-    """The UNet, its convolutions folded in place where that is faster, and what the manifest says of it."""
+def in_form(module: nn.Module, form: str, depth: int) -> nn.Module:
+    """`module` with its 3-D convolutions, of `depth` slices, in one of FORMS; in place."""
+    if form == "native":
+        return module
+    return winograd_depth(module, depth) if form == "winograd" else fold_depth(module)
+
+
+def in_fastest_form(unet: UNet3d, depth: int, precision: Precision = "fp32") -> tuple[UNet3d, dict[str, Any]]:
+    """The UNet, its convolutions rewritten in place where that is faster, and what the manifest says of it.
+
+    depth: the latents' z. Winograd's form is none for a graph that computes in float16.
+    """
     seconds = form_seconds(unet.config.width)
-    form = min(seconds, key=lambda name: seconds[name])
-    if form == "folded":
-        fold_depth(unet)
+    allowed = [form for form in FORMS if form != "winograd" or precision != "fp16-compute"]
+    form = min(allowed, key=lambda name: seconds[name])
+    in_form(unet, form, depth)
     milliseconds = {name: round(1000 * value, 2) for name, value in seconds.items()}
     return unet, {"form": form, "one_convolution_ms": milliseconds}
 

@@ -1,4 +1,4 @@
-"""The 3-D UNet is written in the form that a measurement says is faster."""
+"""The 3-D UNet is written in the form that a measurement says is fastest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from export import unet_form
-from export.unet3d import FoldedConv3d, UNet3d, UNet3dConfig
+from export.conv3d import FoldedConv3d, WinogradConv3d, depth_transforms, winograd_depth
+from export.unet3d import UNet3d, UNet3dConfig
 from export.unet_form import FORMS, form_seconds, in_fastest_form
+
+KINDS = {"winograd": WinogradConv3d, "folded": FoldedConv3d, "native": nn.Conv3d}
 
 
 def small() -> UNet3d:
@@ -16,19 +19,42 @@ def small() -> UNet3d:
     return UNet3d(UNet3dConfig(width=32)).eval()
 
 
-def test_both_forms_are_timed() -> None:
+def test_every_form_is_timed() -> None:
     seconds = form_seconds(16)
     assert set(seconds) == set(FORMS)
     assert all(0 < value < 10 for value in seconds.values())
 
 
 @pytest.mark.parametrize("fastest", FORMS)
-def test_the_faster_form_is_taken_and_said(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        unet_form, "form_seconds", lambda width: {form: 0.001 if form == fastest else 0.002 for form in FORMS}
-    )
-    unet, said = in_fastest_form(small())
-    kinds = {type(module) for module in unet.modules()}
-    assert (FoldedConv3d in kinds) == (fastest == "folded")
-    assert (nn.Conv3d in kinds) == (fastest == "native")
+def test_the_fastest_form_is_taken_and_said(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_form, "form_seconds", lambda width: timed(fastest))
+    unet, said = in_fastest_form(small(), 8)
+    assert KINDS[fastest] in {type(module) for module in unet.modules()}
+    assert (nn.Conv3d in {type(module) for module in unet.modules()}) == (fastest == "native")
     assert said["form"] == fastest and said["one_convolution_ms"][fastest] == 1.0
+
+
+def test_winograd_is_not_for_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_form, "form_seconds", lambda width: timed("winograd"))
+    assert in_fastest_form(small(), 8, "fp16-compute")[1]["form"] == "folded"
+    assert in_fastest_form(small(), 8, "fp16")[1]["form"] == "winograd"
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_winograd_computes_the_convolution(depth: int, stride: int) -> None:
+    torch.manual_seed(depth)
+    conv = nn.Conv3d(32, 48, 3, padding=1, stride=(1, stride, stride)).requires_grad_(False)
+    x = torch.randn(2, 32, depth, 10, 6)
+    assert torch.allclose(WinogradConv3d(conv, depth)(x), conv(x), atol=2e-5)
+    before, after = depth_transforms(depth)
+    assert before.shape == (6 * (-(-depth // 4)), depth) and after.shape == before.T.shape
+
+
+def test_narrow_convolutions_are_folded() -> None:
+    kinds = {type(module) for module in winograd_depth(nn.Sequential(nn.Conv3d(4, 32, 3, padding=1)), 8)}
+    assert kinds == {FoldedConv3d}
+
+
+def timed(fastest: str) -> dict[str, float]:
+    return {form: 0.001 if form == fastest else 0.002 for form in FORMS}

@@ -8,6 +8,7 @@ it takes as long as the real one.
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -20,9 +21,10 @@ from export.bundle_writer import export_bundle
 from export.hifigan import HifiGan, HifiGanConfig
 from export.kl_vae import Decoder, Encoder, KlVae, KlVaeConfig
 from export.onnx_writer import Precision
-from export.unet3d import UNet3d, UNet3dConfig, fold_depth
+from export.unet3d import UNet3d, UNet3dConfig
+from export.unet_form import in_fastest_form
 
-WIDTH, FRAMES = 192, 256
+WIDTH, FRAMES, Z = 192, 256, 8
 STEPS = 20
 MEL = Mel(
     sample_rate=16000, n_fft=1024, win_length=1024, hop=160, n_mels=64, f_min=0.0, f_max=8000.0, floor=1e-5
@@ -43,10 +45,9 @@ def write_stand_in(
     unet, vae, vocoder = UNet3d(unet_config), KlVae(vae_config), HifiGan(vocoder_config)
     for network in (unet, vae, vocoder):
         network.eval().requires_grad_(False)
-    folded = UNet3d(unet_config)
-    folded.load_state_dict(unet.state_dict())
+    rewritten, form = in_fastest_form(copy.deepcopy(unet), Z, precision)
     networks: dict[str, nn.Module] = {
-        "unet": fold_depth(folded),
+        "unet": rewritten,
         "vae_encoder": Encoder(vae),
         "vae_decoder": Decoder(vae),
         "vocoder": vocoder,
@@ -54,9 +55,10 @@ def write_stand_in(
     manifest = Manifest(
         name=f"stand-in of width {width}",
         licence="random weights",
+        provenance={"unet": form},
         stems=("bass", "drums", "guitar", "piano"),
         mel=MEL,
-        latent=Latent(channels=8, frames=vae_config.stride, freq=64 // vae_config.stride, scale_factor=1.0),
+        latent=Latent(channels=Z, frames=vae_config.stride, freq=64 // vae_config.stride, scale_factor=1.0),
         vocoder=Vocoder(sample_rate=16000, hop=vocoder_config.hop, trim=vocoder_config.trim),
         schedule=NoiseSchedule(start=0.0015, end=0.0195, steps=1000),
         prediction="eps",

@@ -1,0 +1,149 @@
+"""Three-dimensional convolutions written as 2-D ones, which onnxruntime has fast kernels for.
+
+Both forms take the same weights and differ from the native one in rounding alone. `FoldedConv3d` does the
+same arithmetic; `WinogradConv3d` needs half of its products, at the price of some of float32's last digits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+TILE = 4  # slices in depth that are computed together
+# F(4, 3) of Lavin and Gray 2015 (arXiv:1509.09308), its transforms of input, kernel and output.
+INPUT = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+NARROWEST = 32  # channels; with fewer the transforms cost more than they save
+
+
+class FoldedConv3d(nn.Module):
+    """A 3x3x3 convolution (stride 1 in depth) as the sum of three 2-D ones, one per tap in depth.
+
+    Depth is laid out along time, its slices apart by rows of zeros that serve as padding, so that a shift in
+    depth is one in time and costs a slice. A 1x1x1 convolution is a single 2-D one.
+    """
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        self.stride = conv.stride[1]
+        self.bias = conv.bias
+        self.taps = _taps(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, depth, time, frequency = x.shape
+        if len(self.taps) == 1:
+            rows = x.reshape(batch, channels, depth * time, frequency)
+            y = functional.conv2d(rows, self.taps[0], self.bias)
+            return y.reshape(batch, y.shape[1], depth, time, frequency)
+        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
+        padded = functional.pad(x, (0, 0, 0, step))
+        rows = padded.reshape(batch, channels, depth * (time + step), frequency)
+        before, here, after = (
+            functional.conv2d(part, tap, bias, stride=step, padding=1)
+            for part, tap, bias in (
+                (rows[:, :, : -(time + step)], self.taps[0], None),
+                (rows, self.taps[1], self.bias),
+                (rows[:, :, time + step :], self.taps[2], None),
+            )
+        )
+        shift = (time + step) // step
+        y = here + functional.pad(before, (0, 0, shift, 0)) + functional.pad(after, (0, 0, 0, shift))
+        return y.reshape(batch, y.shape[1], depth, shift, y.shape[3])[:, :, :, : time // step]
+
+
+class WinogradConv3d(nn.Module):
+    """A 3x3x3 convolution (stride 1 in depth) by Winograd's minimal filtering over depth.
+
+    Six 2-D convolutions of sums of slices make four slices, where tap by tap it takes twelve. The kernels'
+    sums are made of the stored taps in the graph, and onnxruntime computes them once as it loads: a file is
+    as large as before, the weights in memory are twice as large. The input is summed with factors of up to 5
+    and the output of up to 8, so this is for float32 alone.
+    """
+
+    def __init__(self, conv: nn.Conv3d, depth: int) -> None:
+        super().__init__()
+        self.stride = conv.stride[1]
+        self.bias = conv.bias
+        self.taps = _taps(conv)
+        before, after = depth_transforms(depth)
+        self.register_buffer("before", torch.from_numpy(before))
+        self.register_buffer("after", torch.from_numpy(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, depth, time, frequency = x.shape
+        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
+        rows = functional.pad(x, (0, 0, 0, step)).flatten(3)
+        height = len(self.before) // len(KERNEL) * (time + step)
+        summed = torch.matmul(self.before, rows).reshape(batch, channels, -1, frequency)
+        parts = [
+            functional.conv2d(
+                summed[:, :, number * height : (number + 1) * height], kernel, stride=step, padding=1
+            )
+            for number, kernel in enumerate(self._kernels())
+        ]
+        made = torch.cat(parts, 2)
+        out = len(self.taps[0])
+        y = torch.matmul(self.after, made.reshape(batch, out, len(self.before), -1))
+        if self.bias is not None:
+            y = y + self.bias[:, None, None]
+        shift = (time + step) // step
+        return y.reshape(batch, out, depth, shift, made.shape[3])[:, :, :, : time // step]
+
+    def _kernels(self) -> list[Tensor]:
+        return [sum(float(w) * tap for w, tap in zip(row, self.taps, strict=True) if w) for row in KERNEL]  # type: ignore[misc]
+
+
+def depth_transforms(depth: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(6 tiles, depth) and (depth, 6 tiles) float32: what `depth` slices are summed to, by kernel and then by
+    tile, and how the convolved sums make the slices of the output. Slices outside are zeros."""
+    tiles = -(-depth // TILE)
+    taps = len(KERNEL)
+    before = np.zeros((taps, tiles, tiles * TILE + 2), np.float32)
+    after = np.zeros((tiles * TILE, taps, tiles), np.float32)
+    for tile in range(tiles):
+        first = tile * TILE
+        before[:, tile, first : first + taps] = INPUT
+        after[first : first + TILE, :, tile] = OUTPUT
+    return (
+        np.ascontiguousarray(before[:, :, 1 : depth + 1]).reshape(taps * tiles, depth),
+        np.ascontiguousarray(after[:depth]).reshape(depth, taps * tiles),
+    )
+
+
+def fold_depth(module: nn.Module) -> nn.Module:
+    """Replace every Conv3d inside `module` by its folded form, in place and one by one; return `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv3d):
+            setattr(module, name, FoldedConv3d(child))
+        else:
+            fold_depth(child)
+    return module
+
+
+def winograd_depth(module: nn.Module, depth: int) -> nn.Module:
+    """The same with Winograd's form for `depth` slices; those that gain nothing from it are folded."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv3d):
+            gains = child.kernel_size[0] == 3 and min(child.in_channels, child.out_channels) >= NARROWEST
+            setattr(module, name, WinogradConv3d(child, depth) if gains else FoldedConv3d(child))
+        else:
+            winograd_depth(child, depth)
+    return module
+
+
+def _taps(conv: nn.Conv3d) -> nn.ParameterList:
+    taps = conv.weight.detach().unbind(2)
+    return nn.ParameterList(nn.Parameter(tap.contiguous(), requires_grad=False) for tap in taps)
