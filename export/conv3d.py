@@ -6,6 +6,9 @@ same arithmetic; `WinogradConv3d` needs half of its products, at the price of so
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -73,6 +76,9 @@ class WinogradConv3d(nn.Module):
     and the output of up to 8, so this is for float32 alone.
     """
 
+    before: Tensor
+    after: Tensor
+
     def __init__(self, conv: nn.Conv3d, depth: int) -> None:
         super().__init__()
         self.stride = conv.stride[1]
@@ -103,7 +109,7 @@ class WinogradConv3d(nn.Module):
         return y.reshape(batch, out, depth, shift, made.shape[3])[:, :, :, : time // step]
 
     def _kernels(self) -> list[Tensor]:
-        return [sum(float(w) * tap for w, tap in zip(row, self.taps, strict=True) if w) for row in KERNEL]  # type: ignore[misc]
+        return [_weighted(row, self.taps) for row in KERNEL]
 
 
 def depth_transforms(depth: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -142,6 +148,11 @@ def winograd_depth(module: nn.Module, depth: int) -> nn.Module:
         else:
             winograd_depth(child, depth)
     return module
+
+
+def _weighted(weights: NDArray[np.float64], tensors: Iterable[Tensor]) -> Tensor:
+    terms = [float(w) * tensor for w, tensor in zip(weights, tensors, strict=True) if w]
+    return functools.reduce(torch.add, terms)
 
 
 def _taps(conv: nn.Conv3d) -> nn.ParameterList:
