@@ -36,6 +36,7 @@ class StemUNetConfig:
     tones: int = 0  # the last of the channels, which say what pitch classes sound; see Harmony
     harmony: int = 192
     harmony_blocks: int = 5
+    harmony_guidance: float = 1.0  # weight of what the harmony is told; 1 is none, and what trains
 
 
 class Harmony(nn.Module):
@@ -43,7 +44,7 @@ class Harmony(nn.Module):
 
     Tones are few and follow from chords, metre and the other stems' tones, whatever these sound like: a small
     network learns them from many more songs and in all keys (training.train_harmony), and the rest of the
-    UNet hears what it found and adds to it.
+    UNet hears what it found and plays by it.
     """
 
     def __init__(self, config: StemUNetConfig) -> None:
@@ -132,7 +133,7 @@ class StemUNet(nn.Module):
         self.grow = nn.Linear(c.inner, 2 * c.width)
         self.up = nn.ModuleList(ConvBlock(c.width, c.expansion, 7, c.cond) for _ in range(c.blocks_up))
         self.norm = nn.LayerNorm(c.width)
-        self.outward = nn.Linear(c.width, c.stems * z)
+        self.outward = nn.Linear(c.width, c.stems * (c.channels - c.tones) * c.freq)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
         self.harmony = Harmony(c) if c.tones else None
@@ -165,20 +166,38 @@ class StemUNet(nn.Module):
         h = self.inward(_joined(pictures, rest))
         tones = None
         if self.harmony is not None:
-            told = _joined([x[:, :, -c.tones :] for x in pictures], rest)
-            hidden, tones = self.harmony(told, timestep)
+            hidden, tones = self.heard(pictures, rest, timestep)
             h = h + self.hear(hidden)
         for block in self.down:
             h = block(h, cond)
         h = h + self.attended(h, cond)
         for block in self.up:
             h = block(h, cond)
-        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, c.channels, c.freq)
+        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, -1, c.freq)
         if tones is not None:
-            # the rest of the UNet knows the rhythm, and corrects them
             tones = tones.reshape(batch, length, c.stems, c.tones, 1)
-            out = out + F.pad(tones, (0, 0, c.channels - c.tones, 0))
+            out = torch.cat([out, tones.expand(-1, -1, -1, -1, c.freq)], 3)
         return out.permute(0, 2, 3, 1, 4)
+
+    def heard(
+        self, pictures: list[torch.Tensor], rest: list[torch.Tensor], timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the harmony found (B, T, harmony) and its prediction (B, T, S x tones), with its guidance.
+
+        Classifier-free guidance (Ho and Salimans 2022) of this part alone costs little: against the same
+        without context, metre and chords. A mixture stays, so a split is as it was.
+        """
+        c = self.config
+        assert self.harmony is not None
+        latents, context, mixture = (x[:, :, -c.tones :] for x in pictures)
+        mask, told = rest
+        hidden, tones = self.harmony(_joined([latents, context, mixture], rest), timestep)
+        if c.harmony_guidance != 1:
+            mixed, untold = told[..., : 1 + c.stems], torch.zeros_like(told[..., 1 + c.stems :])
+            less = [torch.zeros_like(mask), torch.cat([mixed, untold], -1)]
+            _, alone = self.harmony(_joined([latents, torch.zeros_like(context), mixture], less), timestep)
+            tones = alone + c.harmony_guidance * (tones - alone)
+        return hidden, tones
 
     def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """(B, T, width) of what the level below sees in the whole window."""

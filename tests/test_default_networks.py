@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ GEOMETRY = Mel(
 )
 UNET = StemUNetConfig(
     channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16,
-    tones=12, harmony=16, harmony_blocks=1,
+    tones=12, harmony=16, harmony_blocks=1, harmony_guidance=2.0,
 )  # fmt: skip
 VAE = PatchVAEConfig(
     mels=MELS, channels=4, width=8, encoder_blocks=1, decoder_blocks=1, tones=12, tones_width=8
@@ -222,6 +223,20 @@ def test_stems_of_a_mixture_that_is_not_there_say_nothing() -> None:
     inputs["mixture"], inputs["mixture_mask"] = torch.zeros(1, CHANNELS, 12, 1), torch.zeros(1, 12)
     without = unet(**(inputs | {"mixture_stems": torch.zeros(1, 4)}))
     assert torch.equal(unet(**inputs), without)
+
+
+def test_guidance_moves_the_tones_away_from_what_nothing_told_would_give() -> None:
+    guided, plain = (random(StemUNet(replace(UNET, harmony_guidance=weight))) for weight in (3.0, 1.0))
+    plain.load_state_dict(guided.state_dict())
+    inputs = unet_inputs(2, 12)
+    untold = inputs | {
+        name: torch.zeros_like(inputs[name]) for name in ("context", "context_mask", "grid", "chords")
+    }
+    told, alone = (plain(**given)[:, :, -12:] for given in (inputs, untold))
+    found = guided(**inputs)
+    assert torch.allclose(found[:, :, -12:], alone + 3 * (told - alone), atol=1e-4)
+    assert torch.allclose(found[:, :, :-12], plain(**inputs)[:, :, :-12], atol=1e-5)
+    assert torch.allclose(guided(**untold), plain(**untold), atol=1e-5)  # a split's mixture is not touched
 
 
 def test_a_new_unet_predicts_nothing_and_attention_starts_as_the_identity() -> None:

@@ -15,6 +15,7 @@ from training_songs import save, song
 from engine.schedule import make_schedule
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.stem_unet import StemUNet, StemUNetConfig
 from training import train_classifier, train_towers, train_unet, train_vae, train_vocoder
 from training.captions import Thresholds, make_tokenizer
 from training.dataset import draw, mix
@@ -468,6 +469,29 @@ def test_a_favoured_stem_is_asked_for_more_and_weighs_more(frozen: Frozen) -> No
     assert known[1][0] < 0.8 * known[0][0]
     assert known[1][0] < 0.8 * known[1][1:].min()
     assert favoured.loss_mask[:, 0].max() == train_unet.FAVOUR and favoured.loss_mask[:, 1:].max() == 1
+
+
+def test_the_harmony_is_held_as_it_was_trained(tmp_path: Path) -> None:
+    sizes = StemUNetConfig(channels=Z, tones=12, film=FILM, width=16, inner=16, cond=16, harmony=16, heads=2)
+    torch.manual_seed(0)
+    trained, model, begun = StemUNet(sizes), StemUNet(sizes), StemUNet(sizes)
+    assert trained.harmony is not None and model.harmony is not None
+    for name, network in (("harmony", trained.harmony), ("unet", begun)):
+        (tmp_path / name).mkdir()
+        weights = {"model": network.state_dict(), "ema": network.state_dict(), "step": 3}
+        torch.save(weights, tmp_path / name / "checkpoint.pt")
+    train_unet.hold_harmony(model, tmp_path / "harmony", tmp_path / "unet")
+    assert not any(weight.requires_grad for weight in model.harmony.parameters())
+    assert all(weight.requires_grad for name, weight in model.named_parameters() if "harmony." not in name)
+    resumed = torch.load(tmp_path / "unet" / "checkpoint.pt", weights_only=True)
+    assert resumed["step"] == 3
+    for name, weight in trained.harmony.state_dict().items():
+        assert torch.equal(model.harmony.state_dict()[name], weight)
+        assert all(torch.equal(resumed[kind][f"harmony.{name}"], weight) for kind in ("model", "ema"))
+    for name, weight in begun.state_dict().items():
+        assert name.startswith("harmony.") or torch.equal(resumed["ema"][name], weight)
+    with pytest.raises(ValueError, match="no harmony"):
+        train_unet.hold_harmony(StemUNet(replace(sizes, tones=0)), tmp_path / "harmony", tmp_path / "unet")
 
 
 def test_statistics_are_measured_once(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,7 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
     parser.add_argument(
-        "--runs", type=Path, required=True, help="folder with vae/, towers/, unet/ and, if trained, masks/"
+        "--runs",
+        type=Path,
+        required=True,
+        help="with vae/, towers/, harmony/, unet/ and, if trained, masks/",
     )
     parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
@@ -68,18 +71,19 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
+    parser.add_argument("--harmony-guidance", type=float, default=2.0, help="of the tones (%(default)s)")
     parser.add_argument("--keep", type=float, default=0.0, help="share of the shipped UNet in the new one")
     parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    runs = {name: args.runs / name for name in ("vae", "towers", "unet", "masks")}
-    if not runs["masks"].exists():
-        del runs["masks"]
+    runs = {name: args.runs / name for name in ("vae", "towers", "harmony", "unet", "masks")}
+    runs = {name: run for name, run in runs.items() if run.exists() or name not in ("harmony", "masks")}
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
-    unet = load_ema(runs["unet"], StemUNet(unet_config(frozen)))
+    sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
+    unet = load_ema(runs["unet"], StemUNet(sizes))
     kept = {}
     if args.keep:
         shipped = load_bundle()

@@ -180,10 +180,7 @@ def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
         weights |= {name: state[name] for name in state if name.startswith(("harmony.", "hear."))}
         read = torch.zeros_like(unet.inward.weight)
         read[:, _places(sizes, unet.config.channels)] = weights["inward.weight"]
-        rows = (torch.arange(unet.config.channels) < sizes.channels).repeat(sizes.stems)
-        written, bias = torch.zeros_like(unet.outward.weight), torch.zeros_like(unet.outward.bias)
-        written[rows], bias[rows] = weights["outward.weight"], weights["outward.bias"]
-        weights |= {"inward.weight": read, "outward.weight": written, "outward.bias": bias}
+        weights["inward.weight"] = read
     fill_in(unet, weights)
     return unet
 
@@ -219,7 +216,10 @@ def main() -> None:
     unet = read_unet(bundle, TONES)
     if bundle.manifest.mel != GEOMETRY:
         aligned(vae, batch_of_mels(songs, 64, np.random.default_rng(0)))
-    for name, network in (("vae", vae), ("towers", towers), ("unet", unet)):
+    networks = {"vae": vae, "towers": towers, "unet": unet}
+    if "harmony" in spent and unet.harmony is not None:
+        networks["harmony"] = unet.harmony
+    for name, network in networks.items():
         _write(network, args.runs / name, spent[name]["minutes"], spent[name]["steps"])
     tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))
     tokenizer.no_padding()

@@ -100,11 +100,22 @@ def unet_config(frozen: Frozen) -> StemUNetConfig:
     return StemUNetConfig(channels=vae.latents, tones=vae.tones, film=frozen.towers.config.embedding)
 
 
-def begin_with(model: StemUNet, harmony: Path | None, out: Path) -> None:
-    """The trained harmony of a folder, for a model that has none of its own in `out` yet."""
-    if harmony is not None and model.harmony is not None and not (out / "checkpoint.pt").exists():
-        load_ema(harmony, model.harmony)
-        model.harmony.train().requires_grad_(True)
+def hold_harmony(model: StemUNet, harmony: Path, out: Path) -> None:
+    """Gives the model, and what `out` holds of it, the trained harmony of a folder; the rest plays by it.
+
+    It is held as it is: the windows that train the rest, in one key and from fewer songs, made it worse.
+    """
+    if model.harmony is None:
+        raise ValueError("the latents of this VAE name no tones, so the UNet has no harmony")
+    load_ema(harmony, model.harmony)
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    held = {f"harmony.{name}": weight for name, weight in model.harmony.state_dict().items()}
+    for weights in (state["model"], state["ema"]):
+        weights.update(held)
+    torch.save(state, path)
 
 
 @torch.no_grad()
@@ -323,7 +334,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="training folder of the VAE")
     parser.add_argument("--towers", type=Path, required=True, help="training folder of the towers")
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
-    parser.add_argument("--harmony", type=Path, help="training folder of what the tones are begun with")
+    parser.add_argument("--harmony", type=Path, help="training folder of the tones' part, held as it is")
     parser.add_argument("--favour", choices=STEMS, help="a stem to train more than the others")
     args = parser.parse_args()
     config = loop_config(args, validate_every=300.0)
@@ -333,7 +344,8 @@ def main() -> None:
     frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     model = StemUNet(unet_config(frozen))
-    begin_with(model, args.harmony, config.out)
+    if args.harmony:
+        hold_harmony(model, args.harmony, config.out)
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured)
