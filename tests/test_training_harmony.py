@@ -13,6 +13,7 @@ from export.patch_vae import TONE_LEVEL, TONE_SCALE, PatchVAE, PatchVAEConfig
 from export.stem_unet import Harmony, StemUNetConfig
 from training.mel import GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
+from training.tasks import KNOWN_WEIGHT
 from training.train_harmony import (
     Melody,
     explained,
@@ -22,7 +23,7 @@ from training.train_harmony import (
     told_the_others,
     transposed,
 )
-from training.train_unet import KNOWN_WEIGHT, SCHEDULE
+from training.train_unet import SCHEDULE
 
 SCALE = 0.5
 S = len(STEMS)

@@ -22,8 +22,8 @@ from training.dataset import draw, mix
 from training.loop import mixed_precision
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
 from training.stems import STEMS
+from training.tasks import KNOWN_WEIGHT
 from training.train_unet import (
-    KNOWN_WEIGHT,
     LAST,
     LAST_SHARE,
     SCHEDULE,

@@ -23,16 +23,8 @@ from training.dataset import MAGNITUDES, RenderedSong, Windows, load_songs
 from training.loop import Logs, add_arguments, loop_config, means, mixed_precision, train
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
-from training.train_unet import (
-    KNOWN_WEIGHT,
-    LAST,
-    LAST_SHARE,
-    SCHEDULE,
-    STATISTICS,
-    dropped,
-    freeze,
-    known_times,
-)
+from training.tasks import draw_tasks, dropped
+from training.train_unet import LAST, LAST_SHARE, SCHEDULE, STATISTICS, freeze
 
 SHARES = {"split": 0.2, "fill": 0.55, "generate": 0.25}
 SILENT = 0.08  # share of the stems that rest, as in training.dataset
@@ -112,20 +104,11 @@ def make_batch(
         [transposed(chords[..., :12], keys), transposed(chords[..., 12:24], keys), chords[..., 24:]], -1
     )
 
-    task = rng.choice(list(SHARES), size=batch, p=list(SHARES.values()))
-    split, fill = task == "split", task == "fill"
-    subset = rng.random((batch, len(STEMS))) < 0.5
-    subset[subset.all(1), 0] = False
-    as_mixture = fill & (rng.random(batch) < 0.25)
-    mixed = split[:, None] | (subset & as_mixture[:, None])
-    named = mixed & ~(as_mixture & (rng.random(batch) < 0.5))[:, None]
-    given = subset & (fill & ~as_mixture)[:, None]
-    times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, known_times(batch, WINDOW, rng))
-    times = times * ~as_mixture[:, None]
-    context_mask = torch.from_numpy(np.maximum(given[:, :, None], times[:, None]).astype(np.float32))
+    tasks = draw_tasks(batch, WINDOW, SHARES, rng)
+    context_mask = torch.from_numpy(tasks.context_mask)
     latents = tone_latents(heard) * scale
-    anything = torch.from_numpy(mixed.any(1)).float()[:, None, None]
-    mixture = torch.where(torch.from_numpy(mixed)[:, :, None, None], heard, 0.0).amax(1)
+    anything = torch.from_numpy(tasks.mixed.any(1)).float()[:, None, None]
+    mixture = torch.where(torch.from_numpy(tasks.mixed)[:, :, None, None], heard, 0.0).amax(1)
     mixture = tone_latents(mixture) * scale * anything
     flags = anything.expand(-1, WINDOW, 1)
     known = [
@@ -133,18 +116,11 @@ def make_batch(
         context_mask.transpose(1, 2),
         mixture,
         flags,
-        flags * torch.from_numpy(named).float()[:, None],
+        flags * torch.from_numpy(tasks.named).float()[:, None],
         dropped(conditions.grid(windows, WINDOW), 0.5, rng),
         dropped(chords, 0.3, rng),
     ]
-    unasked = (mixed & ~named) | (resting & fill[:, None] & ~given)
-    loss_mask = torch.where(context_mask > 0, KNOWN_WEIGHT, torch.from_numpy(~unasked).float()[:, :, None])
-    return Batch(
-        latents.transpose(2, 3),
-        torch.cat(known, -1),
-        loss_mask,
-        torch.from_numpy(split & (times.sum(1) == 0)),
-    )
+    return Batch(latents.transpose(2, 3), torch.cat(known, -1), tasks.loss_mask(resting), tasks.alone())
 
 
 def harmony_loss(

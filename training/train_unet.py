@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -33,6 +32,7 @@ from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mi
 from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
+from training.tasks import draw_tasks, dropped
 
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 LAST = SCHEDULE.steps - 1
@@ -41,7 +41,6 @@ FAVOURING = {"split": 0.25, "fill": 0.65, "generate": 0.1}  # with a favoured st
 FAVOUR = 2.0  # a favoured stem's weight in the loss
 LAST_SHARE = 0.85  # of the splits train at the last step, the only one that the mask method uses
 STATISTICS = "latents.pt"
-KNOWN_WEIGHT = 0.05  # of the loss on what is given anyway
 MASK_WEIGHT = 0.5
 MASK_POWER = 1.0  # softer than a Wiener filter: estimates this uncertain are punished for hard masks
 SHORT_SHARE = 0.7  # of the steps train on half windows
@@ -144,19 +143,6 @@ def error_metric(decoder: Decoder, deviation: torch.Tensor, mels: torch.Tensor) 
     return torch.linalg.cholesky((heard + plain) / 2).mT.contiguous()
 
 
-def known_times(batch: int, length: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(B, T) of 0 or 1: mostly nothing; a known start (windows that join), a known start and end, or gaps."""
-    known = np.zeros((batch, length), np.float32)
-    for row in known:
-        kind = rng.random()
-        if kind < 0.25:
-            row[: int(rng.integers(length // 8, length // 2))] = 1
-        elif kind < 0.32:
-            a, b = sorted(rng.integers(0, length, 2))
-            row[:a], row[b:] = 1, 1
-    return known
-
-
 def make_batch(
     windows: Windows, frozen: Frozen, rng: np.random.Generator, favoured: int | None = None
 ) -> Batch:
@@ -167,27 +153,13 @@ def make_batch(
     batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
     shares = SHARES if favoured is None else FAVOURING
-    task = rng.choice(list(shares), size=batch, p=list(shares.values()))
-    split, fill = task == "split", task == "fill"
-    subset = rng.random((batch, stems)) < 0.5
-    if favoured is not None:
-        subset[:, favoured] &= rng.random(batch) < 0.5
-    subset[subset.all(1)] = np.eye(stems, dtype=bool)[0]
-    subset[~subset.any(1)] = np.eye(stems, dtype=bool)[int(rng.integers(stems))]
-    as_mixture = fill & (rng.random(batch) < 0.25)  # the known stems arrive mixed down
-    unnamed = as_mixture & (rng.random(batch) < 0.5)  # and as other material, not said to hold our stems
-    context_stems = subset & (fill & ~as_mixture)[:, None]
-    mixed: NDArray[np.bool_] = split[:, None] | (subset & as_mixture[:, None])
-    times = np.where((split & (rng.random(batch) < 0.8))[:, None], 0, known_times(batch, length, rng))
-    spans = times[:, None, :] * ~as_mixture[:, None, None]
-    context_mask = np.maximum(context_stems[:, :, None], spans).astype(np.float32)
-    mixture_known = mixed.any(1)
+    tasks = draw_tasks(batch, length, shares, rng, favoured)
     mixture_mel = windows.mixture.clone()
-    parts = torch.from_numpy(as_mixture)
+    parts = torch.from_numpy(tasks.mixed.any(1) & ~tasks.mixed.all(1))
     if parts.any():
-        present = torch.from_numpy(mixed[as_mixture])[:, :, None, None]
+        present = torch.from_numpy(tasks.mixed)[parts][:, :, None, None]
         mixture_mel[parts] = mix(torch.where(present, windows.mels[parts], torch.tensor(FLOOR)), rng)
-    heard = torch.from_numpy(mixture_known)
+    heard = torch.from_numpy(tasks.mixed.any(1))
     with torch.no_grad(), mixed_precision("cpu"):
         every = torch.cat([windows.mels.flatten(0, 1), mixture_mel[heard]])[:, None]
         mean, _ = frozen.vae.moments(every)
@@ -195,12 +167,9 @@ def make_batch(
     latents = mean[: batch * stems].unflatten(0, (batch, stems))
     mixture = torch.zeros_like(latents[:, 0])
     mixture[heard] = mean[batch * stems :]
-    known = torch.from_numpy(context_mask)
+    known = torch.from_numpy(tasks.context_mask)
     mixture_mask = heard.float()[:, None].repeat(1, length)
-    resting = (windows.mels <= FLOOR + 0.1).flatten(2).all(2).numpy()
-    # stems that are in the other material, and silence where a stem is armed: what is asked for is to play
-    unasked = torch.from_numpy((mixed & unnamed[:, None]) | (resting & fill[:, None] & ~context_stems))
-    loss_mask = torch.where(known > 0, KNOWN_WEIGHT, (~unasked).float()[:, :, None])
+    loss_mask = tasks.loss_mask((windows.mels <= FLOOR + 0.1).flatten(2).all(2).numpy())
     if favoured is not None:
         loss_mask[:, favoured] *= FAVOUR
     heard_chords = conditions.heard_chords(windows, length, rng)
@@ -211,17 +180,11 @@ def make_batch(
         "context_mask": known,
         "mixture": mixture * mixture_mask[:, None, :, None],
         "mixture_mask": mixture_mask,
-        "mixture_stems": torch.from_numpy(mixed & ~unnamed[:, None]).float(),
+        "mixture_stems": torch.from_numpy(tasks.named).float(),
         "grid": dropped(conditions.grid(windows, length), 0.5, rng),
         "chords": dropped(torch.where(told, conditions.chords(windows, length), heard_chords), 0.3, rng),
     }
-    splits = torch.from_numpy(split & (times.sum(1) == 0))
-    return Batch(latents, inputs, loss_mask, splits, windows.mels, windows.mixture)
-
-
-def dropped(x: torch.Tensor, share: float, rng: np.random.Generator) -> torch.Tensor:
-    """(B, T, C) with that share of its samples set to zero, unknown."""
-    return x * torch.from_numpy((rng.random(len(x)) >= share).astype(np.float32))[:, None, None]
+    return Batch(latents, inputs, loss_mask, tasks.alone(), windows.mels, windows.mixture)
 
 
 @torch.no_grad()

@@ -56,8 +56,8 @@ def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
 def murmured(mel: torch.Tensor) -> torch.Tensor:
     """(N, 1, frames, mels), log: pitched stems as loud in each frame, but playing a mixture of other times.
 
-    To a random extent. N counts the four stems and the mixture of each window. That is what a UNet writes
-    that is unsure of the notes: rhythm and timbre without a pitch, or with a wrong one.
+    To a random extent, more often a great one. N counts the four stems and the mixture of each window. That
+    is what a UNet writes that is unsure of the notes: rhythm and timbre without a pitch, or with a wrong one.
     """
     x = mel.unflatten(0, (-1, len(STEMS) + 1))[:, PITCHED]
     level = x.mean(-1, keepdim=True)
@@ -66,7 +66,7 @@ def murmured(mel: torch.Tensor) -> torch.Tensor:
     shifts = torch.randint(x.shape[3], (count,)).tolist()
     total = sum(torch.roll((x - level) * loudness, by, 3) for by in shifts)
     weight = sum(torch.roll(loudness, by, 3) for by in shifts)
-    extent = torch.rand(*x.shape[:2], 1, 1, 1, device=mel.device)
+    extent = torch.rand(*x.shape[:2], 1, 1, 1, device=mel.device).sqrt()
     blurred = level + (1 - extent) * (x - level) + extent * total / weight
     out = mel.unflatten(0, (-1, len(STEMS) + 1)).clone()
     sounding = x.amax(-1, keepdim=True) > FLOOR + 0.1
