@@ -28,7 +28,7 @@ from bench.timing import interleaved
 from export import unet3d
 from export.onnx_writer import Input, write_graph
 from export.unet3d import UNet3d, UNet3dConfig
-from export.unet_form import in_form
+from export.unet_form import in_form, widest_worth
 
 FREQUENCY, DEPTH = 16, 8
 VARIANTS = ("plain", "fused", "folded", "winograd")
@@ -122,7 +122,7 @@ def export_variant(variant: str, config: UNet3dConfig, module: UNet3d, path: Pat
     if variant in ("folded", "winograd"):
         written = UNet3d(config)
         written.load_state_dict(module.state_dict())
-        in_form(written, variant, DEPTH)
+        in_form(written, variant, DEPTH, widest_worth(config))
     fused = unet3d.attend
     unet3d.attend = _written_out if variant == "plain" else fused
     try:

@@ -6,9 +6,6 @@ same arithmetic; `WinogradConv3d` needs half of its products, at the price of so
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -72,11 +69,12 @@ class WinogradConv3d(nn.Module):
 
     Six 2-D convolutions of sums of slices make four slices, where tap by tap it takes twelve. The kernels'
     sums are made of the stored taps in the graph, and onnxruntime computes them once as it loads: a file is
-    as large as before, the weights in memory are twice as large. The input is summed with factors of up to 5
+    as large as before, its weights in memory are twice as large. The input is summed with factors of up to 5
     and the output of up to 8, so this is for float32 alone.
     """
 
     before: Tensor
+    kernel: Tensor
     after: Tensor
 
     def __init__(self, conv: nn.Conv3d, depth: int) -> None:
@@ -86,30 +84,26 @@ class WinogradConv3d(nn.Module):
         self.taps = _taps(conv)
         before, after = depth_transforms(depth)
         self.register_buffer("before", torch.from_numpy(before))
+        self.register_buffer("kernel", torch.from_numpy(KERNEL.astype(np.float32)))
         self.register_buffer("after", torch.from_numpy(after))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, depth, time, frequency = x.shape
-        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
-        rows = functional.pad(x, (0, 0, 0, step)).flatten(3)
-        height = len(self.before) // len(KERNEL) * (time + step)
-        summed = torch.matmul(self.before, rows).reshape(batch, channels, -1, frequency)
-        parts = [
-            functional.conv2d(
-                summed[:, :, number * height : (number + 1) * height], kernel, stride=step, padding=1
-            )
+        batch, channels, _, time, frequency = x.shape
+        summed = torch.matmul(self.before, x.flatten(3)).reshape(batch, channels, -1, time, frequency)
+        tiles = len(self.before) // len(KERNEL)
+        made = [
+            functional.conv2d(summed[:, :, tiles * number + tile], kernel, stride=self.stride, padding=1)
             for number, kernel in enumerate(self._kernels())
+            for tile in range(tiles)
         ]
-        made = torch.cat(parts, 2)
-        out = len(self.taps[0])
-        y = torch.matmul(self.after, made.reshape(batch, out, len(self.before), -1))
+        y = torch.matmul(self.after, torch.stack(made, 2).flatten(3))
         if self.bias is not None:
             y = y + self.bias[:, None, None]
-        shift = (time + step) // step
-        return y.reshape(batch, out, depth, shift, made.shape[3])[:, :, :, : time // step]
+        return y.reshape(batch, y.shape[1], -1, made[0].shape[2], made[0].shape[3])
 
     def _kernels(self) -> list[Tensor]:
-        return [_weighted(row, self.taps) for row in KERNEL]
+        taps = torch.stack(list(self.taps))
+        return [torch.einsum("d,doihw->oihw", weights, taps) for weights in self.kernel]
 
 
 def depth_transforms(depth: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -139,20 +133,19 @@ def fold_depth(module: nn.Module) -> nn.Module:
     return module
 
 
-def winograd_depth(module: nn.Module, depth: int) -> nn.Module:
-    """The same with Winograd's form for `depth` slices; those that gain nothing from it are folded."""
+def winograd_depth(module: nn.Module, depth: int, widest: int) -> nn.Module:
+    """The same with Winograd's form for `depth` slices, where a convolution has up to `widest` channels.
+
+    Wider ones hold most of a UNet's weights, which would be twice as many in memory, and little of its work.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Conv3d):
-            gains = child.kernel_size[0] == 3 and min(child.in_channels, child.out_channels) >= NARROWEST
+            channels = (child.in_channels, child.out_channels)
+            gains = child.kernel_size[0] == 3 and min(channels) >= NARROWEST and child.out_channels <= widest
             setattr(module, name, WinogradConv3d(child, depth) if gains else FoldedConv3d(child))
         else:
-            winograd_depth(child, depth)
+            winograd_depth(child, depth, widest)
     return module
-
-
-def _weighted(weights: NDArray[np.float64], tensors: Iterable[Tensor]) -> Tensor:
-    terms = [float(w) * tensor for w, tensor in zip(weights, tensors, strict=True) if w]
-    return functools.reduce(torch.add, terms)
 
 
 def _taps(conv: nn.Conv3d) -> nn.ParameterList:

@@ -20,7 +20,7 @@ from torch import nn
 
 from export.conv3d import fold_depth, winograd_depth
 from export.onnx_writer import Input, Precision, write_graph
-from export.unet3d import UNet3d
+from export.unet3d import UNet3d, UNet3dConfig
 
 FORMS = ("winograd", "folded", "native")
 DEPTH, TIME, FREQUENCY = 8, 64, 16  # of the timed convolution, as in the second level of a released window
@@ -37,7 +37,7 @@ def form_seconds(width: int) -> dict[str, float]:
     torch.manual_seed(0)
     channels = min(width, WIDEST)
     native = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1))
-    modules = {form: in_form(copy.deepcopy(native), form, DEPTH) for form in FORMS}
+    modules = {form: in_form(copy.deepcopy(native), form, DEPTH, channels) for form in FORMS}
     shape = ("batch", channels, DEPTH, "time", FREQUENCY)
     x = np.zeros((1, channels, DEPTH, TIME, FREQUENCY), np.float32)
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
@@ -54,11 +54,19 @@ def form_seconds(width: int) -> dict[str, float]:
     return {form: median(row) for form, row in seconds.items()}
 
 
-def in_form(module: nn.Module, form: str, depth: int) -> nn.Module:
-    """`module` with its 3-D convolutions, of `depth` slices, in one of FORMS; in place."""
+def in_form(module: nn.Module, form: str, depth: int, widest: int) -> nn.Module:
+    """`module` with its 3-D convolutions, of `depth` slices, in one of FORMS; in place.
+
+    widest: channels of the widest convolution that is worth Winograd's weights, see `winograd_depth`.
+    """
     if form == "native":
         return module
-    return winograd_depth(module, depth) if form == "winograd" else fold_depth(module)
+    return winograd_depth(module, depth, widest) if form == "winograd" else fold_depth(module)
+
+
+def widest_worth(config: UNet3dConfig) -> int:
+    """`widest` for a UNet: its levels down to a quarter of the resolution, which have most of the work."""
+    return config.width * max(config.multipliers[:3])
 
 
 def in_fastest_form(unet: UNet3d, depth: int, precision: Precision = "fp32") -> tuple[UNet3d, dict[str, Any]]:
@@ -69,7 +77,7 @@ def in_fastest_form(unet: UNet3d, depth: int, precision: Precision = "fp32") -> 
     seconds = form_seconds(unet.config.width)
     allowed = [form for form in FORMS if form != "winograd" or precision != "fp16-compute"]
     form = min(allowed, key=lambda name: seconds[name])
-    in_form(unet, form, depth)
+    in_form(unet, form, depth, widest_worth(unet.config))
     milliseconds = {name: round(1000 * value, 2) for name, value in seconds.items()}
     return unet, {"form": form, "one_convolution_ms": milliseconds}
 

@@ -51,9 +51,10 @@ def test_winograd_computes_the_convolution(depth: int, stride: int) -> None:
     assert before.shape == (6 * (-(-depth // 4)), depth) and after.shape == before.T.shape
 
 
-def test_narrow_convolutions_are_folded() -> None:
-    kinds = {type(module) for module in winograd_depth(nn.Sequential(nn.Conv3d(4, 32, 3, padding=1)), 8)}
-    assert kinds == {FoldedConv3d}
+@pytest.mark.parametrize("channels", [(4, 32), (32, 96)])
+def test_narrow_and_wide_convolutions_are_folded(channels: tuple[int, int]) -> None:
+    convs = nn.Sequential(nn.Conv3d(*channels, 3, padding=1), nn.Conv3d(32, 64, 3, padding=1))
+    assert [type(module) for module in winograd_depth(convs, 8, widest=64)] == [FoldedConv3d, WinogradConv3d]
 
 
 def timed(fastest: str) -> dict[str, float]:
