@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
-    parser.add_argument("--harmony-guidance", type=float, default=2.0, help="of the tones (%(default)s)")
+    parser.add_argument("--harmony-guidance", type=float, default=3.0, help="of the tones (%(default)s)")
     parser.add_argument("--keep", type=float, default=0.0, help="share of the shipped UNet in the new one")
     parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
