@@ -1,11 +1,11 @@
 """python -m training.from_bundle: a shipped bundle's weights as training folders, to train on from there.
 
-Writes vae/, towers/ and unet/ with a checkpoint each, as the training commands leave them but for the
-optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than the bundle, the
-layers that read or write bands are made anew such that the latents stay close to those that the UNet knows;
-a short training of the VAE makes up for the rest. Where the bundle's latents have no tones, these are added,
-untrained, and neither decoder nor UNet takes notice of them yet: `train_vae --tones-only` and `train_harmony`
-come first.
+Writes vae/, towers/, unet/ and a trained harmony/ with a checkpoint each, as the training commands leave
+them but for the optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than
+the bundle, the layers that read or write bands are made anew such that the latents stay close to those that
+the UNet knows; a short training of the VAE makes up for the rest. Where the bundle's latents have no tones,
+these are added, untrained, and neither decoder nor UNet takes notice of them yet: `train_vae --tones-only`
+and `train_harmony` come first.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path, help=f"default: engine/{DEFAULT_BUNDLE}")
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
-    parser.add_argument("--runs", type=Path, required=True, help="where vae/, towers/ and unet/ will be")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="where vae/, towers/, harmony/ and unet/ will be"
+    )
     args = parser.parse_args()
     bundle = load_bundle(args.bundle)
     songs = load_songs(args.data / "train")
