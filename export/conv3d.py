@@ -6,6 +6,8 @@ same arithmetic; `WinogradConv3d` needs half of its products, at the price of so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -125,12 +127,7 @@ def depth_transforms(depth: int) -> tuple[NDArray[np.float32], NDArray[np.float3
 
 def fold_depth(module: nn.Module) -> nn.Module:
     """Replace every Conv3d inside `module` by its folded form, in place and one by one; return `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Conv3d):
-            setattr(module, name, FoldedConv3d(child))
-        else:
-            fold_depth(child)
-    return module
+    return _replaced(module, FoldedConv3d)
 
 
 def winograd_depth(module: nn.Module, depth: int, widest: int) -> nn.Module:
@@ -138,13 +135,21 @@ def winograd_depth(module: nn.Module, depth: int, widest: int) -> nn.Module:
 
     Wider ones hold most of a UNet's weights, which would be twice as many in memory, and little of its work.
     """
+
+    def form(conv: nn.Conv3d) -> nn.Module:
+        narrow = min(conv.in_channels, conv.out_channels) < NARROWEST
+        gains = conv.kernel_size[0] == 3 and not narrow and conv.out_channels <= widest
+        return WinogradConv3d(conv, depth) if gains else FoldedConv3d(conv)
+
+    return _replaced(module, form)
+
+
+def _replaced(module: nn.Module, form: Callable[[nn.Conv3d], nn.Module]) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, nn.Conv3d):
-            channels = (child.in_channels, child.out_channels)
-            gains = child.kernel_size[0] == 3 and min(channels) >= NARROWEST and child.out_channels <= widest
-            setattr(module, name, WinogradConv3d(child, depth) if gains else FoldedConv3d(child))
+            setattr(module, name, form(child))
         else:
-            winograd_depth(child, depth, widest)
+            _replaced(child, form)
     return module
 
 

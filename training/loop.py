@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -175,9 +175,14 @@ def _save(
         "step": step,
         "spent": spent,
     }
-    temporary = config.out / "checkpoint.tmp"
+    write_checkpoint(state, config.out)
+
+
+def write_checkpoint(state: dict[str, Any], out: Path) -> None:
+    """checkpoint.pt of a training folder; the one before is there until this one is whole."""
+    temporary = out / "checkpoint.tmp"
     torch.save(state, temporary)
-    temporary.replace(config.out / "checkpoint.pt")
+    temporary.replace(out / "checkpoint.pt")
 
 
 def _report(

@@ -29,7 +29,16 @@ from export.stem_unet import StemUNet, StemUNetConfig
 from training import conditions
 from training.captions import Thresholds, describe, encode, load_thresholds
 from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mix
-from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
+from training.loop import (
+    Logs,
+    add_arguments,
+    load_ema,
+    loop_config,
+    means,
+    mixed_precision,
+    train,
+    write_checkpoint,
+)
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
 from training.tasks import draw_tasks, dropped
@@ -102,7 +111,7 @@ def unet_config(frozen: Frozen) -> StemUNetConfig:
 def hold_harmony(model: StemUNet, harmony: Path, out: Path) -> None:
     """Gives the model, and what `out` holds of it, the trained harmony of a folder; the rest plays by it.
 
-    It is held as it is: the windows that train the rest, in one key and from fewer songs, made it worse.
+    It is held as it is: the windows that train the rest, fewer and in one key, made its predictions worse.
     """
     if model.harmony is None:
         raise ValueError("the latents of this VAE name no tones, so the UNet has no harmony")
@@ -114,7 +123,7 @@ def hold_harmony(model: StemUNet, harmony: Path, out: Path) -> None:
     held = {f"harmony.{name}": weight for name, weight in model.harmony.state_dict().items()}
     for weights in (state["model"], state["ema"]):
         weights.update(held)
-    torch.save(state, path)
+    write_checkpoint(state, out)
 
 
 @torch.no_grad()
