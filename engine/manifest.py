@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
-GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio", "masks")
-Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled", "masks"]
+GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio", "separator")
+Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled", "separator"]
 
 
 class _Part(BaseModel):
@@ -167,6 +167,31 @@ class Level(_Part):
     )
 
 
+class Separator(_Part):
+    """The spectrogram that separator.onnx hears, of the mono mix, and has masks for; centred frames, Hann.
+
+    separator.onnx: `mixture` (B, frames, n_fft / 2 + 1) magnitudes at any gain, frames a multiple of `patch`
+    -> masks (B, S, frames, n_fft / 2 + 1) that sum to one over stems.
+    """
+
+    sample_rate: int = Field(gt=0, description="Hz")
+    n_fft: int = Field(gt=0)
+    hop: int = Field(gt=0)
+    patch: int = Field(default=1, gt=0, description="frames come in multiples of this")
+    window_frames: int = Field(gt=0, description="frames given to it at a time")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Separator:
+        if self.window_frames % self.patch:
+            raise ValueError(f"window_frames must be a multiple of patch, {self.patch}")
+        return self
+
+    @property
+    def bins(self) -> int:
+        """Of the spectrogram, from 0 Hz to half the rate."""
+        return self.n_fft // 2 + 1
+
+
 class Manifest(_Part):
     """manifest.json. Raises pydantic.ValidationError on anything unknown or out of range."""
 
@@ -196,6 +221,7 @@ class Manifest(_Part):
     mask_power: float = Field(
         default=2.0, gt=0, description="split masks are ratios of the stems' mel magnitudes to this power"
     )
+    separator: Separator | None = None
     networks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="the configuration dataclass of each network, by graph name"
     )
@@ -216,8 +242,10 @@ class Manifest(_Part):
             raise ValueError("the capability text needs a tokenizer")
         if ("grid" in declared) != (self.grid is not None):
             raise ValueError("the capability grid and its layout go together")
-        if "masks" in declared and "mixture" not in declared:
-            raise ValueError("the capability masks refines splits, which need mixture")
+        if ("separator" in declared) != (self.separator is not None):
+            raise ValueError("the capability separator and its geometry go together")
+        if "separator" in declared and "mixture" not in declared:
+            raise ValueError("the capability separator needs mixture, which hears what no stem explains")
         if self.level is not None and not set(self.level.makeup_db) <= set(self.stems):
             raise ValueError("makeup_db names a stem that is none")
         if ("chords" in declared) != (self.chords is not None):

@@ -38,7 +38,7 @@ OUTPUTS = {
     "vocoder": "audio",
     "clap_text": "embedding",
     "clap_audio": "embedding",
-    "masks": "mel",
+    "separator": "masks",
 }
 GRAPHS = Path(__file__).parent / "graphs"  # what a bundle does not hold: the step graphs of engine.loop
 BATCH = 8  # windows or stems a graph is given at a time, so that memory stays bounded
@@ -119,9 +119,9 @@ class Model:
         parts = [self._run("vocoder", mel=part.transpose(0, 2, 1)) for part in _tiles(log_mels)]
         return np.concatenate(parts)[:, 0, : log_mels.shape[1] * self.manifest.vocoder.hop]
 
-    def refine(self, stem_mels: FloatArray, mix_mels: FloatArray) -> FloatArray:
-        """Estimated log mels (S, frames, mels), the mix's (frames, mels) -> the stems' with finer masks."""
-        return self._run("masks", stems=stem_mels[None], mixture=mix_mels[None])[0]
+    def separate(self, magnitudes: FloatArray) -> FloatArray:
+        """Masks (S, frames, bins) for a mix's magnitudes (frames, bins), as manifest.separator says."""
+        return self._run("separator", mixture=magnitudes[None])[0]
 
     def embed_text(self, text: str) -> FloatArray:
         """(1, E). Raises UsageError where the bundle takes no text."""

@@ -1,4 +1,4 @@
-"""Splitting a mix: stems estimated as latents, then as masks on the mix's own spectrogram.
+"""Splitting a mix: stems as masks on the mix's own spectrogram, heard by a separator or by the UNet.
 
 A mask keeps the mix's phase, rate and channels, and masks that sum to one give stems that sum to the mix.
 """
@@ -6,18 +6,19 @@ A mask keeps the mix's phase, rate and channels, and masks that sum to one give 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.audio import Audio, check, empty, fit, release, resample
+from engine.audio import Audio, check, empty, fit, mono, release, resample
 from engine.denoisers import dirac, gaussian
 from engine.errors import UsageError
 from engine.features import istft, mel_edges, stft
 from engine.listening import gain_to, model_signal, signal_level, window_mel
-from engine.manifest import Manifest, Mel
+from engine.manifest import Manifest, Mel, Separator
 from engine.model import Model
 from engine.samplers import Denoiser
 from engine.take import Callback, Settings, Take, clock, make_record, resolve, stretch
@@ -34,6 +35,8 @@ from engine.windows import (
 )
 
 FloatArray = NDArray[np.float32]
+Array = NDArray[np.floating]
+Masks = Callable[[Array, Array], FloatArray]  # seconds (n,), Hz (bins,) -> (S, n, bins) that sum to one
 Method = Literal["mask", "dirac", "gaussian"]
 
 RESIDUAL = "residual"
@@ -61,22 +64,71 @@ def split(
 ) -> Take:
     """One stem per instrument with the mix's rate, channels and frame count; they sum to the mix.
 
-    method: `mask` evaluates the posterior mean given the mix once where the bundle declares `mixture`
-    (settings.steps above 1 sample from it instead) and is `dirac` otherwise; `dirac` and `gaussian`
-    sample MSDM's posteriors on any bundle. residual: a further stem takes what no stem explains and
-    sums with the rest. raw: the vocoder's audio instead of masks on the mix, mono on every channel,
-    which does not sum to the mix.
+    method: `mask` asks the bundle's separator where it declares one; else it evaluates the posterior mean
+    given the mix once where the bundle declares `mixture` (settings.steps above 1 sample from it instead) and
+    is `dirac` otherwise; `dirac` and `gaussian` sample MSDM's posteriors on any bundle. residual: a further
+    stem takes what no stem of the UNet's explains and sums with the rest. raw: the vocoder's audio instead of
+    masks on the mix, mono on every channel, which does not sum to the mix.
     Raises UsageError for an unknown method or `raw` with `residual`.
     """
     if method not in ("mask", "dirac", "gaussian"):
         raise UsageError(f"There is no method {method!r}: choose mask, dirac or gaussian.")
     if raw and residual:
         raise UsageError("A residual needs masks: leave out raw or residual.")
-    one_look = method == "mask" and model.supports("mixture")
+    one_look = method == "mask" and (model.supports("mixture") or model.supports("separator"))
     settings = _resolve(settings or Settings(), model.manifest, one_look)
+    direct = one_look and model.supports("separator") and settings.steps == 1 and not raw
     check(mix, "The mix")
     manifest = model.manifest
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
+    names = [*manifest.stems, RESIDUAL] if residual else list(manifest.stems)
+    masks: Masks | None = None
+    resolution = STFT_SECONDS
+    if direct and manifest.separator is not None:
+        started = time.perf_counter()
+        separator = manifest.separator
+        masks = separator_masks(_separated(model, mix, stretch(callback, "sample", 0.0, 0.6)), separator)
+        resolution = separator.n_fft / separator.sample_rate
+        clock(timings, "sample", started)
+    if masks is None or residual:
+        estimate = _estimated(model, mix, method, one_look, settings, callback, timings)
+        mix_mels = (
+            timeline_mels(estimate.signal, manifest, estimate.total, estimate.gain) if residual else None
+        )
+        by_mels = mel_masks(estimate.mels, manifest.mel, mix_mels, manifest.mask_power)
+        masks = by_mels if masks is None else with_residual(masks, by_mels)
+    started = time.perf_counter()
+    rendering = stretch(callback, "render", 0.7, 1.0)
+    if raw:
+        parts = _vocoded(model, estimate.mels, mix, estimate.gain, rendering)
+    else:
+        parts = apply_masks(mix, masks, len(names), resolution, rendering)
+    clock(timings, "render", started)
+    stems = {name: Audio(parts[i], mix.sample_rate) for i, name in enumerate(names)}
+    request = {"method": method, "residual": residual, "raw": raw, "seconds": mix.seconds}
+    return Take(stems, make_record("split", model, settings, request) | {"timings": timings})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the UNet hears in a mix: stems' log mels (S, frames, mels) of the signal (n,) under a gain."""
+
+    mels: FloatArray
+    signal: FloatArray
+    gain: float
+    total: int  # latent frames
+
+
+def _estimated(
+    model: Model,
+    mix: Audio,
+    method: Method,
+    one_look: bool,
+    settings: Settings,
+    callback: Callback | None,
+    timings: dict[str, float],
+) -> Estimate:
+    manifest = model.manifest
     started = time.perf_counter()
     stretch(callback, "listen", 0.0, 0.05)(0.0)
     signal = model_signal(mix, manifest)
@@ -85,29 +137,14 @@ def split(
         gain = gain_to(manifest.level.mixture_db, signal_level(signal, manifest))
     total = timeline_frames(manifest, mix.seconds)
     started = clock(timings, "listen", started)
-
     report = stretch(callback, "sample", 0.05, 0.6)
     if one_look and settings.steps == 1:
         latents = posterior_mean(model, signal, total, gain, settings.seed, report)
     else:
         latents = _posterior_sample(model, signal, total, gain, method, settings, report)
-    started = clock(timings, "sample", started)
+    clock(timings, "sample", started)
     mels = decode_timeline(model, latents, stretch(callback, "render", 0.6, 0.7))
-    if one_look and model.supports("masks"):
-        mels = refined_mels(model, mels, signal, total, gain)
-    names = [*manifest.stems, RESIDUAL] if residual else list(manifest.stems)
-    rendering = stretch(callback, "render", 0.7, 1.0)
-    if raw:
-        parts = _vocoded(model, mels, mix, gain, rendering)
-    else:
-        mix_mels = timeline_mels(signal, manifest, total, gain) if residual else None
-        parts = mask_mix(
-            mix, mels, manifest.mel, mix_mels=mix_mels, power=manifest.mask_power, report=rendering
-        )
-    clock(timings, "render", started)
-    stems = {name: Audio(parts[i], mix.sample_rate) for i, name in enumerate(names)}
-    request = {"method": method, "residual": residual, "raw": raw, "seconds": mix.seconds}
-    return Take(stems, make_record("split", model, settings, request) | {"timings": timings})
+    return Estimate(mels, signal, gain, total)
 
 
 def posterior_mean(
@@ -143,21 +180,28 @@ def timeline_mels(signal: FloatArray, manifest: Manifest, total: int, gain: floa
     return mels
 
 
-def refined_mels(
-    model: Model, stem_mels: FloatArray, signal: FloatArray, total: int, gain: float = 1.0
-) -> FloatArray:
-    """(S, frames, mels) with what the bundle's `masks` graph hears in the mix (n,), windows crossfaded."""
-    manifest = model.manifest
-    ratio, window = manifest.latent.frames, min(manifest.window_frames, total)
-    refined = empty(*stem_mels.shape)
+def _separated(model: Model, mix: Audio, report: Report) -> FloatArray:
+    """Masks (S, frames, bins) of the whole mix, frame i at i hops, windows crossfaded."""
+    separator = model.manifest.separator
+    assert separator is not None
+    n_fft, hop, patch = separator.n_fft, separator.hop, separator.patch
+    signal = mono(resample(mix, separator.sample_rate))
+    total = -(-(len(signal) // hop + 1) // patch) * patch
+    window = min(separator.window_frames, total)
+    shared = window // SEAM // patch * patch
+    masks = empty(len(model.manifest.stems), total, separator.bins)
     done = 0
-    for start in window_starts(total, window, window // SEAM):
-        heard = window_mel(signal, manifest, start, window, gain)
-        block = model.refine(stem_mels[:, start * ratio : (start + window) * ratio], heard)
-        blend(refined, block, start * ratio, max(0, done - start) * ratio)
+    starts = window_starts(total, window, shared)
+    for number, start in enumerate(starts):
+        report(number / len(starts))
+        first = start * hop - n_fft // 2
+        piece = _slice(signal[None], first, first + (window - 1) * hop + n_fft)
+        block = model.separate(np.abs(stft(piece, n_fft, hop)[0]))
+        blend(masks, block, start, max(0, done - start))
         done = start + window
-        release(refined, stem_mels)
-    return refined
+        release(masks)
+    report(1.0)
+    return masks
 
 
 def masks_from_mels(
@@ -180,6 +224,51 @@ def masks_from_mels(
     return np.concatenate([shares * (1 - rest), rest[None]])
 
 
+def mel_masks(
+    stem_mels: FloatArray, mel: Mel, mix_mels: FloatArray | None = None, power: float = POWER
+) -> Masks:
+    """`masks_from_mels` at any time and frequency: linear between frames and between the bands' centres in
+    Hz, held beyond the first and last band and the last frame."""
+    centres = mel_edges(mel)[1:-1]
+    rate = mel.sample_rate / mel.hop
+
+    def masks(seconds: Array, hz: Array) -> FloatArray:
+        first, last = _reach(seconds * rate, stem_mels.shape[1])
+        heard = None if mix_mels is None else mix_mels[first:last]
+        shares = masks_from_mels(stem_mels[:, first:last], heard, power)
+        between = np.maximum(
+            0, 1 - np.abs(np.interp(hz, centres, np.arange(mel.n_mels)) - _column(mel.n_mels))
+        )
+        return _at_times(shares, seconds * rate - first) @ between.astype(np.float32)
+
+    return masks
+
+
+def separator_masks(stored: FloatArray, separator: Separator) -> Masks:
+    """A separator's masks (S, frames, bins) at any time and frequency, linear in both, the edges held."""
+    rate = separator.sample_rate / separator.hop
+
+    def masks(seconds: Array, hz: Array) -> FloatArray:
+        first, last = _reach(seconds * rate, stored.shape[1])
+        bins = np.clip(hz * separator.n_fft / separator.sample_rate, 0, separator.bins - 1)
+        below = np.minimum(bins.astype(np.int64), separator.bins - 2)
+        weight = (bins - below).astype(np.float32)
+        near = _at_times(stored[:, first:last], seconds * rate - first)
+        return near[..., below] * (1 - weight) + near[..., below + 1] * weight
+
+    return masks
+
+
+def with_residual(stems: Masks, explained: Masks) -> Masks:
+    """The masks of `stems`, less the share that the last of `explained` takes for the residual."""
+
+    def masks(seconds: Array, hz: Array) -> FloatArray:
+        rest = explained(seconds, hz)[-1:]
+        return np.concatenate([stems(seconds, hz) * (1 - rest), rest])
+
+    return masks
+
+
 def mask_mix(
     mix: Audio,
     stem_mels: FloatArray,
@@ -189,18 +278,27 @@ def mask_mix(
     power: float = POWER,
     report: Report | None = None,
 ) -> FloatArray:
-    """(S, channels, n): the stems' masks on the mix's own spectrogram; with mix_mels (S + 1, ...), see above.
+    """(S, channels, n): `mel_masks` on the mix's own spectrogram; with mix_mels (S + 1, ...), see there.
 
     stem_mels: log mels (S, frames, mels) of the stems at any common gain, estimated or, for the ceiling of
-    the method, true. Masks are interpolated linearly in time and in Hz, and held beyond the first and last
-    band and the last frame. What rounding leaves is shared out, so the stems sum to the mix.
+    the method, true.
     """
-    stems = len(stem_mels) + (mix_mels is not None)
-    n_fft = stft_size(mix.sample_rate)
+    count = len(stem_mels) + (mix_mels is not None)
+    return apply_masks(mix, mel_masks(stem_mels, mel, mix_mels, power), count, STFT_SECONDS, report)
+
+
+def apply_masks(
+    mix: Audio, masks: Masks, stems: int, resolution: float, report: Report | None = None
+) -> FloatArray:
+    """(stems, channels, n): masks on the mix's own spectrogram, whose frames last about `resolution` seconds.
+
+    What rounding leaves is shared out, so the stems sum to the mix.
+    """
+    n_fft = stft_size(mix.sample_rate, resolution)
     hop = n_fft // 4
-    bands = _band_matrix(mel, n_fft, mix.sample_rate)
+    hz = np.fft.rfftfreq(n_fft, 1 / mix.sample_rate)
     result = empty(stems, mix.channels, mix.length)
-    frames = max(8, BLOCK // (stems * mix.channels * (n_fft // 2 + 1)))
+    frames = max(8, BLOCK // (stems * mix.channels * len(hz)))
     for start in range(0, mix.length, frames * hop):
         if report is not None:
             report(start / mix.length)
@@ -208,22 +306,21 @@ def mask_mix(
         # Every frame that reaches into start .. stop: centres from start - n_fft/2 to stop + n_fft/2.
         first, last = start // hop - 2, -(-stop // hop) + 2
         piece = _slice(mix.samples, first * hop - n_fft // 2, last * hop + n_fft // 2)
-        seconds = np.arange(first, last + 1) * hop / mix.sample_rate
-        masks = _masks_at(seconds, stem_mels, mix_mels, mel, power) @ bands
-        parts = istft(stft(piece, n_fft, hop)[None] * masks[:, None], n_fft, hop)
+        shares = masks(np.arange(first, last + 1) * hop / mix.sample_rate, hz)
+        parts = istft(stft(piece, n_fft, hop)[None] * shares[:, None], n_fft, hop)
         offset = start - (first * hop - n_fft // 2)
         parts = parts[..., offset : offset + stop - start]
         parts += (mix.samples[:, start:stop] - parts.sum(axis=0)) / stems
         result[:, :, start:stop] = parts
-        release(result, mix.samples, stem_mels)
+        release(result, mix.samples)
     if report is not None:
         report(1.0)
     return result
 
 
-def stft_size(sample_rate: int) -> int:
-    """The power of two nearest to 46 ms: 42 to 64 ms at the usual rates, 2048 at 44.1 and 48 kHz."""
-    return 1 << round(np.log2(sample_rate * STFT_SECONDS))
+def stft_size(sample_rate: int, seconds: float = STFT_SECONDS) -> int:
+    """The power of two nearest to this; for 46 ms 42 to 64 ms at the usual rates, 2048 at 44.1 and 48 kHz."""
+    return 1 << round(np.log2(sample_rate * seconds))
 
 
 def _resolve(settings: Settings, manifest: Manifest, one_look: bool) -> Settings:
@@ -289,26 +386,22 @@ def _vocoded(model: Model, mels: FloatArray, mix: Audio, gain: float, report: Re
     return np.broadcast_to(audio[:, None], (len(audio), mix.channels, mix.length))
 
 
-def _masks_at(
-    seconds: NDArray[np.float64], stem_mels: FloatArray, mix_mels: FloatArray | None, mel: Mel, power: float
-) -> FloatArray:
-    """(S, len(seconds), mels): masks at these times, linear between mel frames."""
-    position = np.clip(seconds * mel.sample_rate / mel.hop, 0, stem_mels.shape[1] - 1)
-    first, last = int(position[0]), int(np.ceil(position[-1])) + 1
-    heard = None if mix_mels is None else mix_mels[first:last]
-    masks = masks_from_mels(stem_mels[:, first:last], heard, power)
-    below = np.minimum(position.astype(np.int64) - first, masks.shape[1] - 1)
+def _reach(frames: Array, count: int) -> tuple[int, int]:
+    """The slice of `count` frames that these places, in frames, lie between."""
+    return int(np.clip(frames[0], 0, count - 1)), int(np.ceil(np.clip(frames[-1], 0, count - 1))) + 1
+
+
+def _at_times(masks: FloatArray, frames: Array) -> FloatArray:
+    """(S, len(frames), ...): masks (S, n, ...) at these places, linear between frames, the edges held."""
+    position = np.clip(frames, 0, masks.shape[1] - 1)
+    below = position.astype(np.int64)
     above = np.minimum(below + 1, masks.shape[1] - 1)
-    weight = (position - first - below).astype(np.float32)[:, None]
+    weight = (position - below).astype(np.float32)[:, None]
     return masks[:, below] * (1 - weight) + masks[:, above] * weight
 
 
-def _band_matrix(mel: Mel, n_fft: int, sample_rate: int) -> FloatArray:
-    """(mels, bins) linear interpolation in Hz between the centres of the bands, the edges held."""
-    centres = mel_edges(mel)[1:-1]
-    position = np.interp(np.fft.rfftfreq(n_fft, 1 / sample_rate), centres, np.arange(mel.n_mels))
-    distance = np.abs(position[None] - np.arange(mel.n_mels)[:, None])
-    return np.maximum(0, 1 - distance).astype(np.float32)
+def _column(count: int) -> Array:
+    return np.arange(count, dtype=np.float64)[:, None]
 
 
 def _slice(samples: FloatArray, start: int, stop: int) -> FloatArray:

@@ -107,11 +107,8 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
         return [Input("latents", ("batch", z, "time", f))]
     if graph == "vocoder":
         return [Input("mel", ("batch", mels, "frames"))]
-    if graph == "masks":
-        return [
-            Input("stems", ("batch", stems, "frames", mels)),
-            Input("mixture", ("batch", "frames", mels)),
-        ]
+    if graph == "separator" and manifest.separator is not None:
+        return [Input("mixture", ("batch", "frames", manifest.separator.bins), "magnitude")]
     if graph == "clap_text":
         words = int(manifest.networks.get(graph, {}).get("vocabulary", 64))
         return [
@@ -134,8 +131,9 @@ def graph_outputs(manifest: Manifest, graph: str) -> dict[str, Shape]:
         "vocoder": {"audio": ("batch", 1, "samples")},
         "clap_text": {"embedding": ("batch", manifest.film_dim or 0)},
         "clap_audio": {"embedding": ("batch", manifest.film_dim or 0)},
-        "masks": {"mel": ("batch", stems, "frames", manifest.mel.n_mels)},
     }
+    if manifest.separator is not None:
+        shapes["separator"] = {"masks": ("batch", stems, "frames", manifest.separator.bins)}
     return shapes[graph]
 
 

@@ -42,12 +42,13 @@ class Input:
     """One graph input. A string in `shape` names a dynamic axis, the same name in two inputs one size.
 
     `high` bounds the random int64 values (0 .. high - 1) that the check feeds, for step numbers and tokens.
-    A "mask" (B, L) is int64 too: ones up to each row's length, at least one, then zeros.
+    A "mask" (B, L) is int64 too: ones up to each row's length, at least one, then zeros. A "magnitude" is a
+    float32 that is never below zero.
     """
 
     name: str
     shape: Shape
-    dtype: Literal["float32", "int64", "mask"] = "float32"
+    dtype: Literal["float32", "int64", "mask", "magnitude"] = "float32"
     high: int = 1000
 
 
@@ -162,7 +163,8 @@ def _random_feed(
         elif item.dtype == "int64":
             feed[item.name] = rng.integers(0, item.high, shape, dtype=np.int64)
         else:
-            feed[item.name] = rng.standard_normal(shape, dtype=np.float32)
+            normal = rng.standard_normal(shape, dtype=np.float32)
+            feed[item.name] = np.abs(normal) if item.dtype == "magnitude" else normal
     return feed
 
 

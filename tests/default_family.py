@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Mel, NoiseSchedule, Sampling, Vocoder
+from engine.manifest import Separator as SeparatorGeometry
 from export.bundle_writer import export_bundle
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
-from export.mask_refiner import MaskRefiner, MaskRefinerConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.separator import Separator, SeparatorConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from export.vocos import Vocos, VocosConfig
 
@@ -42,8 +43,10 @@ def networks() -> dict[str, nn.Module]:
     towers = CaptionTowers(
         CaptionTowersConfig(len(WORDS), FILM, 16, 1, mels=MELS, audio_width=16, audio_blocks=1)
     )
-    refiner = MaskRefiner(MaskRefinerConfig(mels=MELS, width=16, blocks=1, kernel=3))
-    for module in (unet, vae, vocoder, towers, refiner):
+    separator = Separator(
+        SeparatorConfig(bands=((8, 4), (6, 16)), dim=8, blocks=2, seen=2, track=16)
+    )  # 128 bins
+    for module in (unet, vae, vocoder, towers, separator):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
     return {
@@ -53,7 +56,7 @@ def networks() -> dict[str, nn.Module]:
         "vocoder": vocoder,
         "clap_text": towers.text,
         "clap_audio": towers.audio,
-        "masks": refiner,
+        "separator": separator,
     }
 
 
@@ -80,13 +83,14 @@ def write_default_bundle(folder: Path) -> Path:
         prediction="v",
         sampling=Sampling(sampler="dpmpp_2m", steps=2),
         window_frames=WINDOW,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "masks"),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "separator"),
         film_dim=FILM,
         film_uncond=(0.1,) * FILM,
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),
         grid=Grid(),
         chords=Chords(),
         level=Level(mixture_db=-20.0, context_db=-22.0),
+        separator=SeparatorGeometry(sample_rate=8000, n_fft=256, hop=64, patch=2, window_frames=40),
         networks={graph: _config(module) for graph, module in modules.items()},
     )
     export_bundle(folder, manifest, modules, precision="fp16", extra={"tokenizer.json": _tokenizer()})

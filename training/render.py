@@ -2,8 +2,10 @@
 
 Each song becomes `<name>.npy`, uint8 log mels (stems, renders, frames, mels), and `<name>.json` with
 every label. Each stem is rendered several times with different sounds, so that training can combine
-renders at random. A part of the songs also keeps 16-bit audio for the vocoder. Run it again and it goes
-on where it stopped. Several can work side by side, with `--step 2` and `--first 0` and `--first 1` for two.
+renders at random. A part of the songs also keeps 16-bit audio for the vocoder, and `--stems` keeps
+`<name>.stems.npy` of all of them for the separator: int16 (stems, renders, samples) at half the rate.
+Run it again and it goes on where it stopped. Several can work side by side, with `--step 2` and `--first 0`
+and `--first 1` for two.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import soxr
 import torch
 from numpy.typing import NDArray
 
@@ -28,6 +31,7 @@ from training.stems import STEMS
 if TYPE_CHECKING:
     import pedalboard as pb
 
+SEPARATION_RATE = RATE // 2  # of the stems the separator hears
 STEM_RMS_DB = {"bass": -20.0, "drums": -20.0, "guitar": -23.0, "piano": -23.0}  # of a stem's sounding parts
 
 
@@ -79,6 +83,10 @@ def render_stem(
     return levelled(audio, STEM_RMS_DB[source.stem])
 
 
+def _as_int16(audio: NDArray[np.float32]) -> NDArray[np.int16]:
+    return (np.clip(audio, -1, 1) * 32767).astype(np.int16)
+
+
 def _labels(song: Song, sources: list[list[Source]]) -> dict[str, object]:
     labels = asdict(song)
     del labels["notes"]
@@ -97,19 +105,24 @@ def write(
     audio: bool,
     dry: bool,
     rng: np.random.Generator,
+    stems: bool = False,
 ) -> None:
     """Renders a song and writes its files; the .npy gets its name last, so that no half song is seen."""
-    mels, sources, kept = [], [], []
+    mels, sources, kept, halved = [], [], [], []
     for stem in STEMS:
         chosen = [pool[stem][int(i)] for i in rng.choice(len(pool[stem]), renders, replace=False)]
         rendered = [render_stem(song, source, rng, dry) for source in chosen]
         mels.append(torch.stack([to_bytes(log_mel(torch.from_numpy(a)[None])[0]) for a in rendered]))
         sources.append(chosen)
         if audio:
-            kept.append((np.clip(rendered[0][RATE * 8 : RATE * 28], -1, 1) * 32767).astype(np.int16))
+            kept.append(_as_int16(rendered[0][RATE * 8 : RATE * 28]))
+        if stems:
+            halved.append([_as_int16(soxr.resample(a, RATE, SEPARATION_RATE)) for a in rendered])
     path.with_suffix(".json").write_text(json.dumps(_labels(song, sources)))
     if audio:
         np.save(path.with_suffix(".audio.npy"), np.stack(kept))
+    if stems:
+        np.save(path.with_suffix(".stems.npy"), np.array(halved))
     temporary = path.with_suffix(".tmp.npy")
     np.save(temporary, torch.stack(mels).numpy())
     temporary.replace(path.with_suffix(".npy"))
@@ -133,6 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--renders", type=int, default=2, help="sounds each stem is played with")
     parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
+    parser.add_argument("--stems", action="store_true", help="keep audio of every render, 0.6 MB a second")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +160,7 @@ def main() -> None:
         if not path.with_suffix(".npy").exists():
             rng = np.random.default_rng(number)
             song = try_song(grooves, rng, forms=not args.held_out)
-            write(song, pool, path, args.renders, number % 3 == 0, args.held_out, rng)
+            write(song, pool, path, args.renders, number % 3 == 0, args.held_out, rng, args.stems)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""The separator: masks that sum to one at any level, learnt from stems, and what `split` uses where it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from default_family import networks
+from torch import nn
+
+from engine.audio import Audio
+from engine.bundle import load_bundle
+from engine.errors import BacklineError
+from engine.manifest import Separator as Geometry
+from engine.model import Model
+from engine.separation import RESIDUAL, separator_masks, split
+from engine.take import Settings
+from export.separator import Separator, SeparatorConfig
+from training.train_separator import HOP, SAMPLES, Mixtures, draw, load_stems, mask_error, separation_loss
+
+RATE = 22050
+SMALL = SeparatorConfig(blocks=2, dim=16, seen=4, track=32)
+BINS = SMALL.bins + 1
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two songs of four tones an octave or more apart, as training.render --stems writes them."""
+    folder = tmp_path_factory.mktemp("songs")
+    t = np.arange(int(SAMPLES * 1.5)) / RATE
+    for song in range(2):
+        tones = [
+            np.sin(2 * np.pi * hz * (1 + 0.05 * song) * t) * (np.sin(2 * np.pi * 2 * t) > -0.5)
+            for hz in (80, 300, 1200, 5000)
+        ]
+        np.save(folder / f"{song:06d}.stems.npy", (np.array(tones)[:, None] * 6000).astype(np.int16))
+    return folder
+
+
+def test_untrained_masks_are_equal_and_any_gain_is_heard_alike() -> None:
+    torch.manual_seed(0)
+    network = Separator(SMALL)
+    mixture = torch.rand(2, 12, BINS)
+    assert torch.allclose(network(mixture), torch.tensor(0.25))
+    for layer in network.outward:
+        nn.init.normal_(layer.weight)  # type: ignore[arg-type]
+    masks = network(mixture)
+    assert masks.shape == (2, 4, 12, BINS)
+    assert torch.allclose(masks.sum(1), torch.tensor(1.0), atol=1e-5)
+    assert float((masks - 0.25).detach().abs().max()) > 0.2
+    assert torch.allclose(network(mixture * 300), masks, atol=1e-4)
+    assert torch.isfinite(network(torch.zeros(1, 4, BINS))).all()
+
+
+def test_the_error_is_the_audios(songs: Path) -> None:
+    """mask_error against masks applied and inverted: the audio's own signal-to-noise ratio."""
+    rng = np.random.default_rng(0)
+    spectra = torch.randn(1, 4, 40, BINS, dtype=torch.complex64)
+    mixture = spectra.sum(1)
+    given = Mixtures(
+        mixture.abs(),
+        (mixture.conj()[:, None] * spectra).real,
+        spectra.abs().square().sum((2, 3)),
+    )
+    masks = torch.from_numpy(rng.random((1, 4, 40, BINS), np.float32))
+    plain = (masks * mixture[:, None] - spectra).abs().square().sum((2, 3)) / given.energy
+    assert torch.allclose(mask_error(masks, given).exp(), plain, rtol=5e-3)
+
+
+def test_silence_is_no_error(songs: Path) -> None:
+    """A silent stem, and a wholly silent mixture, leave loss and gradients finite."""
+    nothing = torch.zeros(1, 12, BINS)
+    given = Mixtures(nothing, torch.zeros(1, 4, 12, BINS), torch.zeros(1, 4))
+    network = Separator(SMALL)
+    loss, logs = separation_loss(network, given, "cpu")
+    loss.backward()
+    assert float(loss.detach()) == 0 and logs == {}
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_training_separates(songs: Path) -> None:
+    torch.manual_seed(0)
+    loaded, rng = load_stems(songs), np.random.default_rng(0)
+    network = Separator(SMALL)
+    optimiser = torch.optim.Adam(network.parameters(), 1e-2)
+    errors = []
+    for _ in range(25):
+        loss, logs = separation_loss(network, draw(loaded, 1, rng), "cpu")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        errors.append(logs["db"])
+    assert np.mean(errors[-5:]) < errors[0] - 5
+
+
+def test_drawn_mixtures(songs: Path) -> None:
+    loaded = load_stems(songs)
+    plain = draw(loaded, 2, np.random.default_rng(3), augment=False)
+    again = draw(loaded, 2, np.random.default_rng(3), augment=False)
+    other = draw(loaded, 2, np.random.default_rng(3))
+    assert plain.mixture.shape == (2, SAMPLES // HOP + 1, BINS)
+    assert torch.equal(plain.mixture, again.mixture) and not torch.equal(plain.mixture, other.mixture)
+    # the stems' shares of the mixture sum to its power
+    assert torch.allclose(plain.shared.sum(1), plain.mixture.square(), atol=1e-2, rtol=1e-3)
+    with pytest.raises(FileNotFoundError, match="--stems"):
+        load_stems(songs / "nowhere")
+
+
+def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_default_bundle, plain)
+    manifest = json.loads((plain / "manifest.json").read_text())
+    manifest["capabilities"].remove("separator")
+    manifest["separator"] = None
+    del manifest["files"]["separator.onnx"]
+    (plain / "separator.onnx").unlink()
+    (plain / "manifest.json").write_text(json.dumps(manifest))
+    with_it, without = (Model.open(folder, "cpu", 1) for folder in (tiny_default_bundle, plain))
+    for rate, channels, length in ((16000, 2, 40000), (44100, 1, 90000), (8000, 3, 8000)):
+        noise = np.random.default_rng(0).standard_normal((channels, length)).astype(np.float32)
+        mix = Audio(noise, rate)
+        for residual in (False, True):
+            ours, theirs = (
+                split(m, mix, residual=residual, settings=Settings(seed=1)) for m in (with_it, without)
+            )
+            for take in (ours, theirs):
+                assert np.abs(take.mix().samples - noise).max() < 1e-5
+            assert (RESIDUAL in ours.stems) == residual
+            if not residual:  # an untrained UNet explains nothing: the residual takes all
+                assert np.abs(ours.stems["bass"].samples - theirs.stems["bass"].samples).max() > 1e-3
+
+
+def test_windows_of_a_long_mix_are_joined(tiny_default_bundle: Path) -> None:
+    """Everywhere each frame has masks as its own window gives them: what a split of its middle has there."""
+    model = Model.open(tiny_default_bundle, "cpu", 1)
+    signal = np.random.default_rng(1).standard_normal(8000 * 3).astype(np.float32)
+    take = split(model, Audio(signal[None], 8000), settings=Settings(seed=1))
+    bass = take.stems["bass"].samples[0]
+    assert np.isfinite(bass).all()
+    blocks = bass[: 8000 * 3 // 400 * 400].reshape(-1, 400)
+    assert (np.sqrt((blocks**2).mean(1)) > 0.01).all()  # no frame is left at zero
+
+
+def test_masks_between_frames_and_bins() -> None:
+    """Linear in time and frequency, whatever grid the mix has, and held beyond the ends."""
+    geometry = geometry_of(frames=5)
+    seconds = np.array([-0.1, 0.5 * 64 / 8000, 1.0])
+    hz = np.array([0.0, 8000 / 256 * 1.5, 20000.0])
+    stored = np.zeros((1, 5, 129), np.float32)
+    stored[0] = np.arange(5)[:, None] * 1000 + np.arange(129)
+    found = separator_masks(stored, geometry)(seconds, hz)[0]
+    assert np.allclose(found, [[0, 1.5, 128], [500, 501.5, 628], [4000, 4001.5, 4128]], atol=1e-2)
+
+
+def geometry_of(frames: int) -> Geometry:
+    return Geometry(sample_rate=8000, n_fft=256, hop=64, patch=1, window_frames=frames)
+
+
+def test_a_bundle_that_declares_it_says_how_it_hears(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    for changed in ({"separator": None}, {"capabilities": ["separator"]}):
+        broken = tmp_path / next(iter(changed))
+        shutil.copytree(tiny_default_bundle, broken)
+        manifest = json.loads((broken / "manifest.json").read_text()) | changed
+        (broken / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BacklineError, match=r"separator|mixture"):
+            load_bundle(broken)
+
+
+def test_float16_weights_make_the_same_masks(tiny_default_bundle: Path) -> None:
+    network = networks()["separator"]
+    magnitudes = np.random.default_rng(0).random((10, 129), np.float32)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(magnitudes)[None])[0].numpy()
+    masks = Model.open(tiny_default_bundle, "cpu", 1).separate(magnitudes)
+    assert np.abs(masks - expected).max() < 2e-2

@@ -1,0 +1,173 @@
+"""python -m training.train_separator: masks for every stem from the mix alone, without the other networks.
+
+Half of the mixtures are bands as rendered, in half each stem comes from another song: what sounds together
+by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser, and
+most are played faster or slower, which moves pitches and formants alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.separator import Separator, SeparatorConfig
+from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
+from training.stems import STEMS
+
+N_FFT, HOP = 2048, 512
+FRAMES = 160  # of a training window, 3.7 s
+SAMPLES = (FRAMES - 1) * HOP
+FASTEST = 4.0  # semitones
+FRESH = 0.5  # share of mixtures whose stems come from different songs
+MOVED = 0.7  # share of stems (of whole bands, where they play one song) that are played faster or slower
+SILENT = 0.08
+QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
+NOTHING = 1e-3  # squared magnitude, far below what is audible: a mixture may be silent
+DECIBEL = 10 / float(np.log(10))
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """A batch of spectrograms (B, S, frames, bins): what an error is made of, see `mask_error`."""
+
+    mixture: torch.Tensor  # (B, frames, bins) magnitudes
+    shared: torch.Tensor  # real part of the mixture's conjugate times each stem
+    energy: torch.Tensor  # (B, S) of each stem
+
+
+def load_stems(folder: Path) -> list[NDArray[np.int16]]:
+    """Audio (stems, renders, samples) of the rendered songs, memory mapped. Raises FileNotFoundError."""
+    songs = [np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.stems.npy"))]
+    songs = [song for song in songs if song.shape[2] >= SAMPLES * 2 ** (FASTEST / 12) + 1]
+    if not songs:
+        raise FileNotFoundError(f"{folder} holds no stems; run python -m training.render --stems first")
+    return songs
+
+
+def draw(
+    songs: list[NDArray[np.int16]], batch: int, rng: np.random.Generator, augment: bool = True
+) -> Mixtures:
+    """A random batch of mixtures, augmented as said above or as rendered."""
+    bands = [_band(songs, rng, augment) for _ in range(batch)]
+    audio = torch.from_numpy(np.stack(bands))
+    spectra = torch.stft(
+        audio.flatten(0, 1), N_FFT, HOP, window=torch.hann_window(N_FFT), center=True, return_complex=True
+    )
+    spectra = spectra.transpose(1, 2).unflatten(0, audio.shape[:2])
+    if augment:
+        spectra = spectra * _equalisers(batch, spectra.shape[-1], rng)
+    mixture = spectra.sum(1)
+    shared = (mixture.conj()[:, None] * spectra).real
+    return Mixtures(mixture.abs(), shared, spectra.abs().square().sum((2, 3)))
+
+
+def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
+    """(S, SAMPLES) of one song or, in half of the augmented ones, of as many songs as there are stems."""
+    fresh = augment and rng.random() < FRESH
+    rows: list[NDArray[np.float32]] = []
+    song, place, speed = _place(songs, rng, augment)
+    for stem in range(len(STEMS)):
+        if fresh:
+            song, place, speed = _place(songs, rng, augment)
+        render = song[stem, int(rng.integers(song.shape[1]))]
+        rows.append(_played(render, place, speed))
+    gains = np.ones(len(rows), np.float32)
+    if augment:
+        gains *= (10 ** (rng.normal(0, 4, len(rows)) / 20)).astype(np.float32)
+    silent = rng.random(len(rows)) < (SILENT if augment else 0)
+    gains[silent & ~silent.all()] = 0
+    return np.stack(rows) * gains[:, None]
+
+
+def _place(
+    songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool
+) -> tuple[NDArray[np.int16], float, float]:
+    """A song, where to begin (0 to 1) and how fast to play."""
+    moved = augment and rng.random() < MOVED
+    speed = 2 ** (rng.uniform(-FASTEST, FASTEST) / 12) if moved else 1.0
+    return songs[int(rng.integers(len(songs)))], float(rng.random()), float(speed)
+
+
+def _played(audio: NDArray[np.int16], place: float, speed: float) -> NDArray[np.float32]:
+    """(SAMPLES,) float32, linear between samples: what that dulls, an equaliser dulls more."""
+    length = int(np.ceil(SAMPLES * speed)) + 1
+    start = int(place * (len(audio) - length))
+    part: NDArray[np.float32] = audio[start : start + length].astype(np.float32) / np.float32(32768)
+    if speed == 1.0:
+        return part[:SAMPLES]
+    return np.interp(np.arange(SAMPLES) * speed, np.arange(length), part).astype(np.float32)
+
+
+def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
+    """(B, S, 1, bins) factors: a tilt and two bells over the logarithm of frequency."""
+    axis = np.linspace(-1, 1, bins)
+    axis = 2 * np.log2(1 + 40 * (axis + 1) / 2) / np.log2(41) - 1  # about nine octaves, dense below
+    shape = (batch, len(STEMS), 1, 1)
+    db = rng.normal(0, 3, shape) * axis
+    for _ in range(2):
+        bell = np.exp(-(((axis - rng.uniform(-1, 1, shape)) / rng.uniform(0.08, 0.5, shape)) ** 2))
+        db = db + rng.normal(0, 4, shape) * bell
+    return torch.from_numpy((10 ** (db / 20)).astype(np.float32))
+
+
+def mask_error(masks: torch.Tensor, given: Mixtures) -> torch.Tensor:
+    """(B, S) log ratios of error to stem under masks (B, S, frames, bins); NaN where a stem is silent.
+
+    |M X - S|^2 = M^2 |X|^2 - 2 M Re(X* S) + |S|^2 over the whole spectrogram, which by Parseval's theorem is
+    the audio's error but for the overlap of its windows.
+    """
+    power = given.mixture.square()[:, None]
+    error = (masks * (masks * power - 2 * given.shared)).sum((2, 3)) + given.energy
+    least = QUIETEST * power.sum((2, 3)) + NOTHING
+    ratio = torch.log((error.clamp_min(0) + least) / (given.energy + least))
+    return torch.where(given.energy > least, ratio, torch.nan)
+
+
+def separation_loss(network: Separator, given: Mixtures, device: str) -> tuple[torch.Tensor, Logs]:
+    """Mean of `mask_error` over sounding stems, silent ones by the energy they are given; logs in dB."""
+    with mixed_precision(device):
+        masks = network(given.mixture).float()
+    ratios = mask_error(masks, given)
+    sounding = ~ratios.isnan()
+    power = given.mixture.square()[:, None]
+    leaked = ((masks.square() * power).sum((2, 3)) / power.sum((2, 3)).clamp_min(1e-9))[~sounding]
+    loss = (torch.where(sounding, ratios, 0.0).sum() + leaked.sum()) / sounding.numel()
+    before = mask_error(torch.ones_like(masks), given)
+    logs = {"db": ratios.nanmean().item() * DECIBEL} if sounding.any() else {}
+    for number, stem in enumerate(STEMS):
+        row = sounding[:, number]
+        if row.any():
+            logs[f"gain_{stem}"] = (before - ratios)[row, number].mean().item() * DECIBEL
+    return loss, logs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, lr=2e-3)
+    args = parser.parse_args()
+    config = loop_config(args)
+    rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
+    torch.manual_seed(args.seed)
+    songs, held_out = load_stems(args.data / "train"), load_stems(args.data / "val")
+    fixed = draw(held_out, 32, np.random.default_rng(7), augment=False)
+
+    def loss(network: Separator, step: int) -> tuple[torch.Tensor, Logs]:
+        del step
+        return separation_loss(network, draw(songs, args.batch, rng), args.device)
+
+    @torch.no_grad()
+    def validate(network: Separator) -> Logs:
+        return separation_loss(network, fixed, args.device)[1]
+
+    train(Separator(SeparatorConfig()), loss, config, validate)
+
+
+if __name__ == "__main__":
+    main()
