@@ -28,6 +28,7 @@ INPUT = np.array(
 )
 KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+NARROW = 4  # bands: of so few, time makes the longer rows, which the kernels run along faster
 NARROWEST = 32  # channels; with fewer the transforms cost more than they save
 
 
@@ -45,20 +46,24 @@ class FoldedConv3d(nn.Module):
         self.taps = _taps(conv)
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.taps) > 1:
+            return _along_the_longer(self._convolved, x, list(self.taps), self.stride)
         batch, channels, depth, time, frequency = x.shape
-        if len(self.taps) == 1:
-            rows = x.reshape(batch, channels, depth * time, frequency)
-            y = functional.conv2d(rows, self.taps[0], self.bias)
-            return y.reshape(batch, y.shape[1], depth, time, frequency)
+        rows = x.reshape(batch, channels, depth * time, frequency)
+        y = functional.conv2d(rows, self.taps[0], self.bias)
+        return y.reshape(batch, y.shape[1], depth, time, frequency)
+
+    def _convolved(self, x: Tensor, taps: list[Tensor]) -> Tensor:
+        batch, channels, depth, time, frequency = x.shape
         step = self.stride  # as many rows of zeros keep every slice aligned with the stride
         padded = functional.pad(x, (0, 0, 0, step))
         rows = padded.reshape(batch, channels, depth * (time + step), frequency)
         before, here, after = (
             functional.conv2d(part, tap, bias, stride=step, padding=1)
             for part, tap, bias in (
-                (rows[:, :, : -(time + step)], self.taps[0], None),
-                (rows, self.taps[1], self.bias),
-                (rows[:, :, time + step :], self.taps[2], None),
+                (rows[:, :, : -(time + step)], taps[0], None),
+                (rows, taps[1], self.bias),
+                (rows[:, :, time + step :], taps[2], None),
             )
         )
         shift = (time + step) // step
@@ -90,12 +95,15 @@ class WinogradConv3d(nn.Module):
         self.register_buffer("after", torch.from_numpy(after))
 
     def forward(self, x: Tensor) -> Tensor:
+        return _along_the_longer(self._convolved, x, list(self.taps), self.stride)
+
+    def _convolved(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         batch, channels, _, time, frequency = x.shape
         summed = torch.matmul(self.before, x.flatten(3)).reshape(batch, channels, -1, time, frequency)
         tiles = len(self.before) // len(KERNEL)
         made = [
             functional.conv2d(summed[:, :, tiles * number + tile], kernel, stride=self.stride, padding=1)
-            for number, kernel in enumerate(self._kernels())
+            for number, kernel in enumerate(self._kernels(taps))
             for tile in range(tiles)
         ]
         y = torch.matmul(self.after, torch.stack(made, 2).flatten(3))
@@ -103,9 +111,20 @@ class WinogradConv3d(nn.Module):
             y = y + self.bias[:, None, None]
         return y.reshape(batch, y.shape[1], -1, made[0].shape[2], made[0].shape[3])
 
-    def _kernels(self) -> list[Tensor]:
-        taps = torch.stack(list(self.taps))
-        return [torch.einsum("d,doihw->oihw", weights, taps) for weights in self.kernel]
+    def _kernels(self, taps: list[Tensor]) -> list[Tensor]:
+        return [torch.einsum("d,doihw->oihw", weights, torch.stack(taps)) for weights in self.kernel]
+
+
+def _along_the_longer(
+    convolved: Callable[[Tensor, list[Tensor]], Tensor], x: Tensor, taps: list[Tensor], stride: int
+) -> Tensor:
+    """`convolved(x, taps)` of x (B, C, depth, time, frequency), with time innermost where bands are few.
+
+    The forms divide the axis before the innermost by the stride, so it has to go into the bands.
+    """
+    if x.shape[4] > NARROW or x.shape[4] % stride:
+        return convolved(x, taps)
+    return convolved(x.transpose(3, 4), [tap.transpose(2, 3) for tap in taps]).transpose(3, 4)
 
 
 def depth_transforms(depth: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

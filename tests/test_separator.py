@@ -20,6 +20,9 @@ from engine.model import Model
 from engine.separation import RESIDUAL, separator_masks, split
 from engine.take import Settings
 from export.separator import Separator, SeparatorConfig
+from training.add_separator import add_separator
+from training.from_bundle import read_separator
+from training.loop import write_checkpoint
 from training.train_separator import HOP, SAMPLES, Mixtures, draw, load_stems, mask_error, separation_loss
 
 RATE = 22050
@@ -161,10 +164,12 @@ def geometry_of(frames: int) -> Geometry:
 
 
 def test_a_bundle_that_declares_it_says_how_it_hears(tiny_default_bundle: Path, tmp_path: Path) -> None:
-    for changed in ({"separator": None}, {"capabilities": ["separator"]}):
+    declared = json.loads((tiny_default_bundle / "manifest.json").read_text())
+    deaf = [capability for capability in declared["capabilities"] if capability != "mixture"]
+    for changed in ({"separator": None}, {"capabilities": deaf}):
         broken = tmp_path / next(iter(changed))
         shutil.copytree(tiny_default_bundle, broken)
-        manifest = json.loads((broken / "manifest.json").read_text()) | changed
+        manifest = declared | changed
         (broken / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(BacklineError, match=r"separator|mixture"):
             load_bundle(broken)
@@ -177,3 +182,26 @@ def test_float16_weights_make_the_same_masks(tiny_default_bundle: Path) -> None:
         expected = network(torch.from_numpy(magnitudes)[None])[0].numpy()
     masks = Model.open(tiny_default_bundle, "cpu", 1).separate(magnitudes)
     assert np.abs(masks - expected).max() < 2e-2
+
+
+def test_it_is_added_to_a_bundle_and_read_from_it_again(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    """A bundle that had another one gets this one, keeps everything else, and training goes on from it."""
+    torch.manual_seed(0)
+    trained = Separator(SeparatorConfig(blocks=1))
+    for parameter in trained.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_checkpoint({"ema": trained.state_dict()}, run)
+    (run / "log.jsonl").write_text('{"step": 7, "minutes": 1.5}\n')
+    made = add_separator(tiny_default_bundle, run, tmp_path / "made", "9", config=trained.config)
+    before = load_bundle(tiny_default_bundle).manifest
+    assert {name for name in made.files if made.files[name] != before.files[name]} == {"separator.onnx"}
+    assert made.version == "9" and made.provenance["training"]["separator"] == {"steps": 7, "minutes": 1.5}
+    read = read_separator(load_bundle(tmp_path / "made"))
+    mixture = torch.rand(1, 8, 1025)
+    with torch.no_grad():
+        assert torch.allclose(read(mixture), trained(mixture), atol=5e-3)
+    noise = np.random.default_rng(0).standard_normal((1, 60000)).astype(np.float32)
+    take = split(Model.open(tmp_path / "made", "cpu", 1), Audio(noise, 44100))
+    assert np.abs(take.mix().samples - noise).max() < 1e-5

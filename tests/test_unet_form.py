@@ -42,13 +42,28 @@ def test_winograd_is_not_for_half_precision(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("depth", [1, 3, 4, 6, 8])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_winograd_computes_the_convolution(depth: int, stride: int) -> None:
+@pytest.mark.parametrize("bands", [6, 4, 2])
+def test_every_form_computes_the_convolution(depth: int, stride: int, bands: int) -> None:
+    """Where bands are few it is computed with time innermost. Depth is folded where there is more than one."""
     torch.manual_seed(depth)
     conv = nn.Conv3d(32, 48, 3, padding=1, stride=(1, stride, stride)).requires_grad_(False)
-    x = torch.randn(2, 32, depth, 10, 6)
-    assert torch.allclose(WinogradConv3d(conv, depth)(x), conv(x), atol=2e-5)
-    before, after = depth_transforms(depth)
-    assert before.shape == (6 * (-(-depth // 4)), depth) and after.shape == before.T.shape
+    x = torch.randn(2, 32, depth, 10, bands)
+    for form in [WinogradConv3d(conv, depth)] + [FoldedConv3d(conv)] * (depth > 1):
+        assert torch.allclose(form(x), conv(x), atol=2e-5)
+
+
+@pytest.mark.parametrize("bands", [3, 1])
+def test_bands_that_the_stride_does_not_divide(bands: int) -> None:
+    conv = nn.Conv3d(32, 48, 3, padding=1, stride=(1, 2, 2)).requires_grad_(False)
+    x = torch.randn(1, 32, 4, 10, bands)
+    assert torch.allclose(WinogradConv3d(conv, 4)(x), conv(x), atol=2e-5)
+    assert torch.allclose(FoldedConv3d(conv)(x), conv(x), atol=2e-5)
+
+
+def test_winograds_transforms_cover_every_slice() -> None:
+    for depth in (1, 3, 4, 6, 8):
+        before, after = depth_transforms(depth)
+        assert before.shape == (6 * (-(-depth // 4)), depth) and after.shape == before.T.shape
 
 
 @pytest.mark.parametrize("channels", [(4, 32), (32, 96)])

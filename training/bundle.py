@@ -12,11 +12,9 @@ import torch
 
 from engine.bundle import load_bundle
 from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Preset, Sampling, Vocoder
-from engine.manifest import Separator as SeparatorGeometry
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
 from export.onnx_writer import Precision
-from export.separator import Separator, SeparatorConfig
 from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
@@ -24,9 +22,7 @@ from training.dataset import MIXTURE_DB, load_songs
 from training.from_bundle import read_unet
 from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
-from training.render import SEPARATION_RATE
 from training.stems import STEMS
-from training.train_separator import HOP, N_FFT
 from training.train_unet import SCHEDULE, STATISTICS, freeze, unet_config
 
 PROVENANCE = (
@@ -35,11 +31,6 @@ PROVENANCE = (
     "instruments from npm, Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was held out."
 )
 POWER = 0.65  # of masks that the UNet's mels make: softer than a Wiener filter's, as its estimates are
-SEPARATED = 432  # frames of a separator's window, 10 s
-OPTIONAL = ("harmony", "separator")
-HEARD = SeparatorGeometry(
-    sample_rate=SEPARATION_RATE, n_fft=N_FFT, hop=HOP, patch=SeparatorConfig.patch, window_frames=SEPARATED
-)
 CONTEXT_DB = MIXTURE_DB - 1.5  # a band without one of its stems
 
 
@@ -68,7 +59,7 @@ def main() -> None:
         "--runs",
         type=Path,
         required=True,
-        help="with vae/, towers/, harmony/, unet/ and, if trained, separator/",
+        help="with vae/, towers/, harmony/ and unet/",
     )
     parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
@@ -85,8 +76,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    runs = {name: args.runs / name for name in ("vae", "towers", "harmony", "unet", "separator")}
-    runs = {name: run for name, run in runs.items() if run.exists() or name not in OPTIONAL}
+    runs = {name: args.runs / name for name in ("vae", "towers", "harmony", "unet")}
+    runs = {name: run for name, run in runs.items() if run.exists() or name != "harmony"}
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
@@ -100,12 +91,8 @@ def main() -> None:
     vocoder: Vocos | GriffinLim = GriffinLim(GriffinLimConfig.of(GEOMETRY))
     if args.vocoder:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
-    separator = Separator(SeparatorConfig())
-    if "separator" in runs:
-        load_ema(runs["separator"], separator)
     presets: dict[Literal["draft", "best"], int | None]
     presets = {"draft": args.draft_steps, "best": args.best_steps}
-    separating: tuple[Literal["separator"], ...] = ("separator",) if "separator" in runs else ()
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -127,14 +114,13 @@ def main() -> None:
             listening=args.listening,
         ),
         window_frames=WINDOW,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords", *separating),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
         film_dim=towers.config.embedding,
         film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),
         grid=Grid(),
         chords=Chords(),
         mask_power=args.mask_power,
-        separator=HEARD if separating else None,
         level=Level(mixture_db=MIXTURE_DB, context_db=CONTEXT_DB),
         networks={
             "unet": asdict(unet.config),
@@ -143,8 +129,7 @@ def main() -> None:
             "vocoder": asdict(vocoder.config),
             "clap_text": asdict(towers.config),
             "clap_audio": asdict(towers.config),
-        }
-        | {name: asdict(separator.config) for name in separating},
+        },
     )
     networks = {
         "unet": unet,
@@ -153,7 +138,7 @@ def main() -> None:
         "vocoder": vocoder,
         "clap_text": towers.text,
         "clap_audio": towers.audio,
-    } | dict.fromkeys(separating, separator)
+    }
     extra = {"tokenizer.json": for_prompts(frozen.tokenizer).to_str(pretty=True).encode()}
     written = export_bundle(
         args.out, manifest, networks, precision=args.precision, extra=extra, force=args.force

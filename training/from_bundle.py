@@ -29,6 +29,7 @@ from engine.features import mel_edges
 from engine.manifest import Mel
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.separator import Separator, SeparatorConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training.captions import measure_thresholds
 from training.dataset import load_songs
@@ -185,6 +186,13 @@ def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
     return unet
 
 
+def read_separator(bundle: Bundle) -> Separator:
+    """The separator of a bundle that declares one."""
+    network = Separator(SeparatorConfig(**bundle.manifest.networks["separator"]))
+    fill_in(network, read_weights(bundle.path("separator.onnx")))
+    return network
+
+
 def _places(sizes: StemUNetConfig, channels: int) -> torch.Tensor:
     """Where each column of the UNet's first layer is when latents have `channels` channels."""
     kept = torch.arange(channels) < sizes.channels
@@ -208,7 +216,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help=f"default: engine/{DEFAULT_BUNDLE}")
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
     parser.add_argument(
-        "--runs", type=Path, required=True, help="where vae/, towers/, harmony/ and unet/ will be"
+        "--runs", type=Path, required=True, help="where vae/, towers/, harmony/, unet/ and separator/ will be"
     )
     args = parser.parse_args()
     bundle = load_bundle(args.bundle)
@@ -218,9 +226,11 @@ def main() -> None:
     unet = read_unet(bundle, TONES)
     if bundle.manifest.mel != GEOMETRY:
         aligned(vae, batch_of_mels(songs, 64, np.random.default_rng(0)))
-    networks = {"vae": vae, "towers": towers, "unet": unet}
+    networks: dict[str, nn.Module] = {"vae": vae, "towers": towers, "unet": unet}
     if "harmony" in spent and unet.harmony is not None:
         networks["harmony"] = unet.harmony
+    if bundle.manifest.separator is not None:
+        networks["separator"] = read_separator(bundle)
     for name, network in networks.items():
         _write(network, args.runs / name, spent[name]["minutes"], spent[name]["steps"])
     tokenizer = Tokenizer.from_file(str(bundle.path("tokenizer.json")))

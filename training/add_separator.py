@@ -1,0 +1,86 @@
+"""python -m training.add_separator: a trained separator -> a bundle that is there, all else as it was."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from engine.bundle import load_bundle
+from engine.manifest import Manifest
+from engine.manifest import Separator as Geometry
+from export.bundle_writer import graph_inputs, graph_outputs, write_bundle
+from export.onnx_writer import write_graph
+from export.separator import Separator, SeparatorConfig
+from training.bundle import describe_training
+from training.loop import load_ema
+from training.render import SEPARATION_RATE
+from training.train_separator import HOP, N_FFT
+
+GRAPH = "separator"
+WINDOW = 432  # frames, 10 s
+SIZES = ({"batch": 1, "frames": 64}, {"batch": 2, "frames": 96})  # at which the graph is compared with torch
+
+
+def with_separator(manifest: Manifest, network: Separator) -> Manifest:
+    """What a bundle with this separator declares. Raises pydantic.ValidationError where it cannot."""
+    geometry = Geometry(
+        sample_rate=SEPARATION_RATE, n_fft=N_FFT, hop=HOP, patch=network.config.patch, window_frames=WINDOW
+    )
+    changed = {
+        "capabilities": (*(c for c in manifest.capabilities if c != GRAPH), GRAPH),
+        "separator": geometry,
+        "networks": manifest.networks | {GRAPH: asdict(network.config)},
+    }
+    return Manifest(**(dict(manifest) | changed))
+
+
+def add_separator(
+    source: Path,
+    run: Path,
+    out: Path,
+    version: str,
+    *,
+    config: SeparatorConfig | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Write the bundle `out`: that of `source` with the separator of a training folder.
+
+    Raises BacklineError as load_bundle and write_bundle, ExportMismatch where the graph is not the network.
+    """
+    bundle = load_bundle(source)
+    network = load_ema(run, Separator(config or SeparatorConfig()))
+    manifest = with_separator(bundle.manifest, network)
+
+    def fill(folder: Path) -> Manifest:
+        for name in bundle.manifest.files:
+            shutil.copyfile(bundle.path(name), folder / name)
+        inputs, outputs = graph_inputs(manifest, GRAPH), graph_outputs(manifest, GRAPH)
+        path = folder / f"{GRAPH}.onnx"
+        error = write_graph(network, inputs, outputs, path, sizes=SIZES, precision="fp16")
+        made = manifest.provenance
+        training = made.get("training", {}) | describe_training({GRAPH: run})
+        export = made.get("export", {})
+        errors = export.get("relative_error", {}) | {GRAPH: float(f"{error:.1e}")}
+        provenance = made | {"training": training, "export": export | {"relative_error": errors}}
+        return manifest.model_copy(update={"provenance": provenance, "version": version})
+
+    return write_bundle(out, fill, force=force)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip that it is added to")
+    parser.add_argument("--run", type=Path, required=True, help="folder of training.train_separator")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
+    parser.add_argument("--version", required=True, help="of the model, for its manifest")
+    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
+    args = parser.parse_args()
+    written = add_separator(args.bundle, args.run, args.out, args.version, force=args.force)
+    size = sum(p.stat().st_size for p in args.out.iterdir())
+    print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error'][GRAPH]}")
+
+
+if __name__ == "__main__":
+    main()
