@@ -236,6 +236,7 @@ def mel_masks(
         first, last = _reach(seconds * rate, stem_mels.shape[1])
         heard = None if mix_mels is None else mix_mels[first:last]
         shares = masks_from_mels(stem_mels[:, first:last], heard, power)
+        release(stem_mels)
         between = np.maximum(
             0, 1 - np.abs(np.interp(hz, centres, np.arange(mel.n_mels)) - _column(mel.n_mels))
         )
@@ -254,6 +255,7 @@ def separator_masks(stored: FloatArray, separator: Separator) -> Masks:
         below = np.minimum(bins.astype(np.int64), separator.bins - 2)
         weight = (bins - below).astype(np.float32)
         near = _at_times(stored[:, first:last], seconds * rate - first)
+        release(stored)
         return near[..., below] * (1 - weight) + near[..., below + 1] * weight
 
     return masks

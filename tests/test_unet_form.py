@@ -44,7 +44,7 @@ def test_winograd_is_not_for_half_precision(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bands", [6, 4, 2])
 def test_every_form_computes_the_convolution(depth: int, stride: int, bands: int) -> None:
-    """Where bands are few it is computed with time innermost. Depth is folded where there is more than one."""
+    """With time innermost where bands are few. Depth is folded where there is more than one."""
     torch.manual_seed(depth)
     conv = nn.Conv3d(32, 48, 3, padding=1, stride=(1, stride, stride)).requires_grad_(False)
     x = torch.randn(2, 32, depth, 10, bands)
