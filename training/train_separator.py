@@ -1,8 +1,8 @@
 """python -m training.train_separator: masks for every stem from the mix alone, without the other networks.
 
 Half of the mixtures are bands as rendered, in half each stem comes from another song: what sounds together
-by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser, and
-most are played faster or slower, which moves pitches and formants alike.
+by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser,
+some are overdriven, and most are played faster or slower, which moves pitches and formants alike.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FRAMES = 160  # of a training window, 3.7 s
 SAMPLES = (FRAMES - 1) * HOP
 FASTEST = 4.0  # semitones
 FRESH = 0.5  # share of mixtures whose stems come from different songs
+DRIVEN = 0.25  # share of stems that are overdriven, lightly to clearly
 MOVED = 0.7  # share of stems (of whole bands, where they play one song) that are played faster or slower
 SILENT = 0.08
 QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
@@ -75,7 +76,8 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
         if fresh:
             song, place, speed = _place(songs, rng, augment)
         render = song[stem, int(rng.integers(song.shape[1]))]
-        rows.append(_played(render, place, speed))
+        played = _played(render, place, speed)
+        rows.append(_driven(played, rng) if augment and rng.random() < DRIVEN else played)
     gains = np.ones(len(rows), np.float32)
     if augment:
         gains *= (10 ** (rng.normal(0, 4, len(rows)) / 20)).astype(np.float32)
@@ -103,15 +105,22 @@ def _played(audio: NDArray[np.int16], place: float, speed: float) -> NDArray[np.
     return np.interp(np.arange(SAMPLES) * speed, np.arange(length), part).astype(np.float32)
 
 
+def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Bent by tanh, its knee at -12 to 10 dB of the root mean square: other harmonics of the same notes."""
+    level = np.float32(np.sqrt(np.mean(audio**2)) * 10 ** (rng.uniform(-12, 10) / 20) + 1e-5)
+    bent: NDArray[np.float32] = np.tanh(audio / level) * level
+    return bent * np.float32(np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(bent**2) + 1e-12)))
+
+
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, S, 1, bins) factors: a tilt and two bells over the logarithm of frequency."""
+    """(B, S, 1, bins) factors: a tilt and three bells over the logarithm of frequency."""
     axis = np.linspace(-1, 1, bins)
     axis = 2 * np.log2(1 + 40 * (axis + 1) / 2) / np.log2(41) - 1  # about nine octaves, dense below
     shape = (batch, len(STEMS), 1, 1)
-    db = rng.normal(0, 3, shape) * axis
-    for _ in range(2):
+    db = rng.normal(0, 4, shape) * axis
+    for _ in range(3):
         bell = np.exp(-(((axis - rng.uniform(-1, 1, shape)) / rng.uniform(0.08, 0.5, shape)) ** 2))
-        db = db + rng.normal(0, 4, shape) * bell
+        db = db + rng.normal(0, 5, shape) * bell
     return torch.from_numpy((10 ** (db / 20)).astype(np.float32))
 
 
