@@ -179,6 +179,7 @@ class Separator(_Part):
     hop: int = Field(gt=0)
     patch: int = Field(default=1, gt=0, description="frames come in multiples of this")
     window_frames: int = Field(gt=0, description="frames given to it at a time")
+    f_max: float = Field(gt=0, description="Hz; the masks there hold for all above")
 
     @model_validator(mode="after")
     def _whole(self) -> Separator:

@@ -246,12 +246,16 @@ def mel_masks(
 
 
 def separator_masks(stored: FloatArray, separator: Separator) -> Masks:
-    """A separator's masks (S, frames, bins) at any time and frequency, linear in both, the edges held."""
+    """A separator's masks (S, frames, bins) at any time and frequency, linear in both, the edges held.
+
+    Above separator.f_max, which its training had nothing to say of, those of f_max hold.
+    """
     rate = separator.sample_rate / separator.hop
 
     def masks(seconds: Array, hz: Array) -> FloatArray:
         first, last = _reach(seconds * rate, stored.shape[1])
-        bins = np.clip(hz * separator.n_fft / separator.sample_rate, 0, separator.bins - 1)
+        bins = np.minimum(hz, separator.f_max) * separator.n_fft / separator.sample_rate
+        bins = np.clip(bins, 0, separator.bins - 1)
         below = np.minimum(bins.astype(np.int64), separator.bins - 2)
         weight = (bins - below).astype(np.float32)
         near = _at_times(stored[:, first:last], seconds * rate - first)

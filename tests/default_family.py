@@ -90,7 +90,9 @@ def write_default_bundle(folder: Path) -> Path:
         grid=Grid(),
         chords=Chords(),
         level=Level(mixture_db=-20.0, context_db=-22.0),
-        separator=SeparatorGeometry(sample_rate=8000, n_fft=256, hop=64, patch=2, window_frames=40),
+        separator=SeparatorGeometry(
+            sample_rate=8000, n_fft=256, hop=64, patch=2, window_frames=40, f_max=3800
+        ),
         networks={graph: _config(module) for graph, module in modules.items()},
     )
     export_bundle(folder, manifest, modules, precision="fp16", extra={"tokenizer.json": _tokenizer()})

@@ -149,18 +149,18 @@ def test_windows_of_a_long_mix_are_joined(tiny_default_bundle: Path) -> None:
 
 
 def test_masks_between_frames_and_bins() -> None:
-    """Linear in time and frequency, whatever grid the mix has, and held beyond the ends."""
+    """Linear in time and frequency, whatever grid the mix has, and held beyond the ends and f_max."""
     geometry = geometry_of(frames=5)
     seconds = np.array([-0.1, 0.5 * 64 / 8000, 1.0])
     hz = np.array([0.0, 8000 / 256 * 1.5, 20000.0])
     stored = np.zeros((1, 5, 129), np.float32)
     stored[0] = np.arange(5)[:, None] * 1000 + np.arange(129)
     found = separator_masks(stored, geometry)(seconds, hz)[0]
-    assert np.allclose(found, [[0, 1.5, 128], [500, 501.5, 628], [4000, 4001.5, 4128]], atol=1e-2)
+    assert np.allclose(found, [[0, 1.5, 96], [500, 501.5, 596], [4000, 4001.5, 4096]], atol=1e-2)
 
 
 def geometry_of(frames: int) -> Geometry:
-    return Geometry(sample_rate=8000, n_fft=256, hop=64, patch=1, window_frames=frames)
+    return Geometry(sample_rate=8000, n_fft=256, hop=64, patch=1, window_frames=frames, f_max=3000)
 
 
 def test_a_bundle_that_declares_it_says_how_it_hears(tiny_default_bundle: Path, tmp_path: Path) -> None:

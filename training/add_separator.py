@@ -20,13 +20,19 @@ from training.train_separator import HOP, N_FFT
 
 GRAPH = "separator"
 WINDOW = 432  # frames, 10 s
+HIGHEST = 9500.0  # Hz; the resampling of the training's audio begins to fade out a little above
 SIZES = ({"batch": 1, "frames": 64}, {"batch": 2, "frames": 96})  # at which the graph is compared with torch
 
 
 def with_separator(manifest: Manifest, network: Separator) -> Manifest:
     """What a bundle with this separator declares. Raises pydantic.ValidationError where it cannot."""
     geometry = Geometry(
-        sample_rate=SEPARATION_RATE, n_fft=N_FFT, hop=HOP, patch=network.config.patch, window_frames=WINDOW
+        sample_rate=SEPARATION_RATE,
+        n_fft=N_FFT,
+        hop=HOP,
+        patch=network.config.patch,
+        window_frames=WINDOW,
+        f_max=HIGHEST,
     )
     changed = {
         "capabilities": (*(c for c in manifest.capabilities if c != GRAPH), GRAPH),
