@@ -199,7 +199,7 @@ def _separated(model: Model, mix: Audio, report: Report) -> FloatArray:
         block = model.separate(np.abs(stft(piece, n_fft, hop)[0]))
         blend(masks, block, start, max(0, done - start))
         done = start + window
-        release(masks)
+        release(masks, signal)
     report(1.0)
     return masks
 
