@@ -75,19 +75,19 @@ def split(
         raise UsageError(f"There is no method {method!r}: choose mask, dirac or gaussian.")
     if raw and residual:
         raise UsageError("A residual needs masks: leave out raw or residual.")
-    one_look = method == "mask" and (model.supports("mixture") or model.supports("separator"))
+    one_look = method == "mask" and model.supports("mixture")
     settings = _resolve(settings or Settings(), model.manifest, one_look)
-    direct = one_look and model.supports("separator") and settings.steps == 1 and not raw
     check(mix, "The mix")
     manifest = model.manifest
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     names = [*manifest.stems, RESIDUAL] if residual else list(manifest.stems)
+    separator = manifest.separator if one_look and settings.steps == 1 and not raw else None
     masks: Masks | None = None
     resolution = STFT_SECONDS
-    if direct and manifest.separator is not None:
+    if separator is not None:
         started = time.perf_counter()
-        separator = manifest.separator
-        masks = separator_masks(_separated(model, mix, stretch(callback, "sample", 0.0, 0.6)), separator)
+        heard = _separated(model, separator, mix, stretch(callback, "sample", 0.0, 0.6))
+        masks = separator_masks(heard, separator)
         resolution = separator.n_fft / separator.sample_rate
         clock(timings, "sample", started)
     if masks is None or residual:
@@ -180,10 +180,8 @@ def timeline_mels(signal: FloatArray, manifest: Manifest, total: int, gain: floa
     return mels
 
 
-def _separated(model: Model, mix: Audio, report: Report) -> FloatArray:
+def _separated(model: Model, separator: Separator, mix: Audio, report: Report) -> FloatArray:
     """Masks (S, frames, bins) of the whole mix, frame i at i hops, windows crossfaded."""
-    separator = model.manifest.separator
-    assert separator is not None
     n_fft, hop, patch = separator.n_fft, separator.hop, separator.patch
     signal = mono(resample(mix, separator.sample_rate))
     total = -(-(len(signal) // hop + 1) // patch) * patch
@@ -229,7 +227,6 @@ def mel_masks(
 ) -> Masks:
     """`masks_from_mels` at any time and frequency: linear between frames and between the bands' centres in
     Hz, held beyond the first and last band and the last frame."""
-    centres = mel_edges(mel)[1:-1]
     rate = mel.sample_rate / mel.hop
 
     def masks(seconds: Array, hz: Array) -> FloatArray:
@@ -237,10 +234,7 @@ def mel_masks(
         heard = None if mix_mels is None else mix_mels[first:last]
         shares = masks_from_mels(stem_mels[:, first:last], heard, power)
         release(stem_mels)
-        between = np.maximum(
-            0, 1 - np.abs(np.interp(hz, centres, np.arange(mel.n_mels)) - _column(mel.n_mels))
-        )
-        return _at_times(shares, seconds * rate - first) @ between.astype(np.float32)
+        return _at_times(shares, seconds * rate - first) @ _band_matrix(mel, hz)
 
     return masks
 
@@ -275,22 +269,13 @@ def with_residual(stems: Masks, explained: Masks) -> Masks:
     return masks
 
 
-def mask_mix(
-    mix: Audio,
-    stem_mels: FloatArray,
-    mel: Mel,
-    *,
-    mix_mels: FloatArray | None = None,
-    power: float = POWER,
-    report: Report | None = None,
-) -> FloatArray:
-    """(S, channels, n): `mel_masks` on the mix's own spectrogram; with mix_mels (S + 1, ...), see there.
+def mask_mix(mix: Audio, stem_mels: FloatArray, mel: Mel) -> FloatArray:
+    """(S, channels, n): `mel_masks` on the mix's own spectrogram.
 
     stem_mels: log mels (S, frames, mels) of the stems at any common gain, estimated or, for the ceiling of
     the method, true.
     """
-    count = len(stem_mels) + (mix_mels is not None)
-    return apply_masks(mix, mel_masks(stem_mels, mel, mix_mels, power), count, STFT_SECONDS, report)
+    return apply_masks(mix, mel_masks(stem_mels, mel), len(stem_mels), STFT_SECONDS)
 
 
 def apply_masks(
@@ -406,8 +391,11 @@ def _at_times(masks: FloatArray, frames: Array) -> FloatArray:
     return masks[:, below] * (1 - weight) + masks[:, above] * weight
 
 
-def _column(count: int) -> Array:
-    return np.arange(count, dtype=np.float64)[:, None]
+def _band_matrix(mel: Mel, hz: Array) -> FloatArray:
+    """(mels, len(hz)) linear interpolation in Hz between the centres of the bands, the edges held."""
+    position = np.interp(hz, mel_edges(mel)[1:-1], np.arange(mel.n_mels))
+    distance = np.abs(position[None] - np.arange(mel.n_mels)[:, None])
+    return np.maximum(0, 1 - distance).astype(np.float32)
 
 
 def _slice(samples: FloatArray, start: int, stop: int) -> FloatArray:
