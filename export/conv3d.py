@@ -35,8 +35,8 @@ NARROWEST = 32  # channels; with fewer the transforms cost more than they save
 class FoldedConv3d(nn.Module):
     """A 3x3x3 convolution (stride 1 in depth) as the sum of three 2-D ones, one per tap in depth.
 
-    Depth is laid out along time, its slices apart by rows of zeros that serve as padding, so that a shift in
-    depth is one in time and costs a slice. A 1x1x1 convolution is a single 2-D one.
+    The slices in depth are a batch, so that a shift in depth is one of slices and what lies outside costs
+    nothing. A 1x1x1 convolution is a single 2-D one.
     """
 
     def __init__(self, conv: nn.Conv3d) -> None:
@@ -54,21 +54,25 @@ class FoldedConv3d(nn.Module):
         return y.reshape(batch, y.shape[1], depth, time, frequency)
 
     def _convolved(self, x: Tensor, taps: list[Tensor]) -> Tensor:
-        batch, channels, depth, time, frequency = x.shape
-        step = self.stride  # as many rows of zeros keep every slice aligned with the stride
-        padded = functional.pad(x, (0, 0, 0, step))
-        rows = padded.reshape(batch, channels, depth * (time + step), frequency)
+        slices = x.transpose(1, 2)
         before, here, after = (
-            functional.conv2d(part, tap, bias, stride=step, padding=1)
+            self._by_slices(part, tap, bias)
             for part, tap, bias in (
-                (rows[:, :, : -(time + step)], taps[0], None),
-                (rows, taps[1], self.bias),
-                (rows[:, :, time + step :], taps[2], None),
+                (slices[:, :-1], taps[0], None),
+                (slices, taps[1], self.bias),
+                (slices[:, 1:], taps[2], None),
             )
         )
-        shift = (time + step) // step
-        y = here + functional.pad(before, (0, 0, shift, 0)) + functional.pad(after, (0, 0, 0, shift))
-        return y.reshape(batch, y.shape[1], depth, shift, y.shape[3])[:, :, :, : time // step]
+        inner = (0, 0, 0, 0, 0, 0)
+        y = here + functional.pad(before, (*inner, 1, 0)) + functional.pad(after, (*inner, 0, 1))
+        return y.transpose(1, 2)
+
+    def _by_slices(self, x: Tensor, tap: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, slices, C, time, frequency) -> the same with the tap's channels."""
+        batch, _, channels, time, frequency = x.shape
+        rows = x.reshape(-1, channels, time, frequency)
+        y = functional.conv2d(rows, tap, bias, stride=self.stride, padding=1)
+        return y.reshape(batch, -1, y.shape[1], y.shape[2], y.shape[3])
 
 
 class WinogradConv3d(nn.Module):
