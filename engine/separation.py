@@ -84,14 +84,16 @@ def split(
     separator = manifest.separator if one_look and settings.steps == 1 and not raw else None
     masks: Masks | None = None
     resolution = STFT_SECONDS
+    done = 0.0
     if separator is not None:
         started = time.perf_counter()
-        heard = _separated(model, separator, mix, stretch(callback, "sample", 0.0, 0.6))
+        done = 0.4 if residual else 0.7
+        heard = _separated(model, separator, mix, stretch(callback, "sample", 0.0, done))
         masks = separator_masks(heard, separator)
         resolution = separator.n_fft / separator.sample_rate
         clock(timings, "sample", started)
     if masks is None or residual:
-        estimate = _estimated(model, mix, method, one_look, settings, callback, timings)
+        estimate = _estimated(model, mix, method, one_look, settings, callback, timings, done)
         mix_mels = (
             timeline_mels(estimate.signal, manifest, estimate.total, estimate.gain) if residual else None
         )
@@ -127,17 +129,19 @@ def _estimated(
     settings: Settings,
     callback: Callback | None,
     timings: dict[str, float],
+    done: float,
 ) -> Estimate:
+    """done: the fraction of the job that is behind."""
     manifest = model.manifest
     started = time.perf_counter()
-    stretch(callback, "listen", 0.0, 0.05)(0.0)
+    stretch(callback, "listen", done, done + 0.05)(0.0)
     signal = model_signal(mix, manifest)
     gain = 1.0
     if manifest.level is not None:
         gain = gain_to(manifest.level.mixture_db, signal_level(signal, manifest))
     total = timeline_frames(manifest, mix.seconds)
     started = clock(timings, "listen", started)
-    report = stretch(callback, "sample", 0.05, 0.6)
+    report = stretch(callback, "sample", done + 0.05, 0.6)
     if one_look and settings.steps == 1:
         latents = posterior_mean(model, signal, total, gain, settings.seed, report)
     else:

@@ -59,7 +59,7 @@ def test_untrained_masks_are_equal_and_any_gain_is_heard_alike() -> None:
     assert torch.isfinite(network(torch.zeros(1, 4, BINS))).all()
 
 
-def test_the_error_is_the_audios(songs: Path) -> None:
+def test_the_error_is_the_audios() -> None:
     """mask_error against masks applied and inverted: the audio's own signal-to-noise ratio."""
     rng = np.random.default_rng(0)
     spectra = torch.randn(1, 4, 40, BINS, dtype=torch.complex64)
@@ -74,7 +74,7 @@ def test_the_error_is_the_audios(songs: Path) -> None:
     assert torch.allclose(mask_error(masks, given).exp(), plain, rtol=5e-3)
 
 
-def test_silence_is_no_error(songs: Path) -> None:
+def test_silence_is_no_error() -> None:
     """A silent stem, and a wholly silent mixture, leave loss and gradients finite."""
     nothing = torch.zeros(1, 12, BINS)
     given = Mixtures(nothing, torch.zeros(1, 4, 12, BINS), torch.zeros(1, 4))
@@ -135,6 +135,21 @@ def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_p
             assert (RESIDUAL in ours.stems) == residual
             if not residual:  # an untrained UNet explains nothing: the residual takes all
                 assert np.abs(ours.stems["bass"].samples - theirs.stems["bass"].samples).max() > 1e-3
+
+
+def test_progress_never_goes_back(tiny_default_bundle: Path) -> None:
+    """Not even with a residual, for which the UNet listens after the separator."""
+    mix = Audio(np.random.default_rng(0).standard_normal((1, 30000)).astype(np.float32), 8000)
+    for residual in (False, True):
+        told: list[float] = []
+        split(
+            Model.open(tiny_default_bundle, "cpu", 1),
+            mix,
+            residual=residual,
+            settings=Settings(seed=1),
+            callback=lambda phase, fraction, told=told: told.append(fraction),  # type: ignore[misc]
+        )
+        assert told == sorted(told) and told[-1] == 1.0
 
 
 def test_windows_of_a_long_mix_are_joined(tiny_default_bundle: Path) -> None:

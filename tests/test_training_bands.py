@@ -23,6 +23,8 @@ from training.grooves import HELD_OUT, Groove, list_grooves, role_of, spread
 from training.mel import FLOOR, GEOMETRY, QUANTUM, log_mel
 from training.sources import (
     ARCHIVES,
+    FREEPATS,
+    FREEPATS_PROGRAMS,
     HELD_OUT_FONT,
     RATE,
     Bank,
@@ -31,6 +33,7 @@ from training.sources import (
     hydrogen_bank,
     made,
     npm_bank,
+    patches,
     recorded,
     soundfont,
     training_sources,
@@ -355,6 +358,21 @@ def test_soundfonts_are_in_tune_and_forget_what_they_played() -> None:
     assert np.abs(first - second).max() < 0.01 * np.abs(first).max()
     with pytest.raises(ValueError, match="has no kit 99"):
         played(soundfont(HELD_OUT_FONT, 99, True), (0, 1, 36, 100))
+
+
+@pytest.mark.skipif(
+    shutil.which("timidity") is None or not Path(FREEPATS).exists(),
+    reason="needs Debian's timidity and freepats",
+)
+def test_patches_are_in_tune_and_begin_when_they_are_played() -> None:
+    """TiMidity++ drops the silence before the first note unless it is told not to."""
+    pytest.importorskip("symusic", reason="needs the extra 'train'")
+    for stem, program in (("guitar", 25), ("piano", 0), ("bass", 33)):
+        assert program in FREEPATS_PROGRAMS[stem]
+        heard = played(patches(FREEPATS, program, False), (0.75, 1.0, 57, 100))
+        first = np.flatnonzero(np.abs(heard) > 0.05 * np.abs(heard).max())[0] / RATE
+        assert len(heard) == 2 * RATE and abs(first - 0.75) < 0.02
+        assert pitch_of(heard[int(0.75 * RATE) :]) == pytest.approx(57, abs=0.3)
 
 
 @pytest.mark.skipif(shutil.which("mma") is None, reason="needs Debian's mma")

@@ -145,13 +145,16 @@ def main() -> None:
         "--step", type=int, default=1, help="work on every STEP-th song, for workers side by side"
     )
     parser.add_argument("--renders", type=int, default=2, help="sounds each stem is played with")
+    parser.add_argument(
+        "--made-from", type=int, default=0, help="seed of our own synthesis: others make other sounds"
+    )
     parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
     parser.add_argument("--stems", action="store_true", help="keep audio of every render, 0.6 MB a second")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     grooves = split_grooves(list_grooves(args.grooves), args.held_out)
-    sources = held_out_sources() if args.held_out else training_sources(args.samples)
+    sources = held_out_sources() if args.held_out else training_sources(args.samples, args.made_from)
     pool = {stem: [s for s in sources if s.stem == stem] for stem in STEMS}
     counts = ", ".join(f"{len(pool[stem])} {stem}" for stem in STEMS)
     print(f"sounds: {counts}; {len(grooves)} grooves; {GEOMETRY.sample_rate} Hz", flush=True)
