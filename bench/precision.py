@@ -2,13 +2,14 @@
 
 All variants come from the same weights in torch: those of a training folder, not rounded, or of the
 bundle, which are rounded to float16 already. bf16 is float32 arithmetic with weights rounded to bfloat16,
-what storing them so would cost. Everything but the UNet is the bundle's. Windows are those of
-bench.quality_curve.
+what storing them so would cost. Everything but the UNet is the bundle's, and splits are by the UNet's masks,
+without a separator. Windows are those of bench.quality_curve.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import tempfile
@@ -69,11 +70,15 @@ def write_variant(bundle: Path, unet: StemUNet, variant: str, out: Path) -> floa
 
 
 def worth(model: Model, windows: list[Window]) -> dict[str, Any]:
-    """Shares that `fill` wins and SI-SDRi of `split` by masks, means over stems; `made` holds the signals."""
+    """Shares that `fill` wins and SI-SDRi of `split` by the UNet's masks, means over stems; `made` holds the
+    signals."""
     rows = {stem: fill_row(model, windows, stem, {}) for stem in STEMS}
 
+    by_unet = copy.copy(model)
+    by_unet.manifest = model.manifest.model_copy(update={"separator": None})
+
     def separate(window: Window, mix: Audio) -> Any:
-        take = split(model, mix, settings=Settings(seed=1))
+        take = split(by_unet, mix, settings=Settings(seed=1))
         return np.stack([take.stems[stem].samples[0] for stem in STEMS])
 
     return {

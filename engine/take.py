@@ -24,8 +24,9 @@ class Settings:
 
     seed: the same seed gives the same bytes on the same device. eta: 0 deterministic .. 1 as much fresh
     noise as the model's own process. guidance: weight of the prompt, 1 is none. listening: the same for
-    what `fill` hears. gamma: width of the Gaussian posterior in units of sigma. quality: the bundle's steps
-    and sampler for `draft`, `normal` (if not given) or `best`; steps and sampler, where given, go before it.
+    what `fill` hears, and 1 in `generate` if not given. gamma: width of the Gaussian posterior in units of
+    sigma. quality: the bundle's steps and sampler for `draft`, `normal` (if not given) or `best`; steps and
+    sampler, where given, go before it.
     """
 
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,22 @@ def test_listening_weighs_what_is_heard(tiny_model: Model) -> None:
     assert np.array_equal(piano(1.0).samples, plain), "the bundle's own is 1"
     more, most = piano(2.0).samples, piano(3.0).samples
     assert not np.allclose(more, plain) and not np.allclose(most, more)
+
+
+def test_a_bundles_listening_is_that_of_fill(tiny_model: Model) -> None:
+    """What `generate` is told has no more weight than a user gives it."""
+    sampling = tiny_model.manifest.sampling.model_copy(update={"listening": 2.0})
+    model = copy.copy(tiny_model)
+    model.manifest = tiny_model.manifest.model_copy(update={"sampling": sampling})
+
+    def bass(listening: float | None) -> Audio:
+        settings = Settings(steps=2, listening=listening)
+        take = tasks.generate(model, seconds=1.0, bpm=120.0, chords="C", settings=settings)
+        assert take.record["settings"]["listening"] == (listening or 1.0)
+        return take.stems["bass"]
+
+    plain = bass(None).samples
+    assert np.array_equal(bass(1.0).samples, plain) and not np.allclose(bass(2.0).samples, plain)
+    settings = Settings(steps=2)
+    filled = tasks.fill(model, without("piano"), ["piano"], settings=settings)
+    assert filled.record["settings"]["listening"] == 2.0
