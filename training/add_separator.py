@@ -1,7 +1,4 @@
-"""python -m training.add_separator: a trained separator -> a bundle that is there.
-
-All else stays as it was but for `--listening`, the default of how much `fill` is guided by what it hears.
-"""
+"""python -m training.add_separator: a trained separator -> a bundle that is there, all else as it was."""
 
 from __future__ import annotations
 
@@ -52,21 +49,15 @@ def add_separator(
     version: str,
     *,
     config: SeparatorConfig | None = None,
-    listening: float | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle `out`: that of `source` with the separator of a training folder.
-
-    listening: another default of `fill`, where one was found to be better.
 
     Raises BacklineError as load_bundle and write_bundle, ExportMismatch where the graph is not the network.
     """
     bundle = load_bundle(source)
     network = load_ema(run, Separator(config or SeparatorConfig()))
     manifest = with_separator(bundle.manifest, network)
-    if listening is not None:
-        sampling = manifest.sampling.model_copy(update={"listening": listening})
-        manifest = manifest.model_copy(update={"sampling": sampling})
 
     def fill(folder: Path) -> Manifest:
         for name in bundle.manifest.files:
@@ -85,19 +76,14 @@ def add_separator(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True, help="folder or zip that it is added to")
     parser.add_argument("--run", type=Path, required=True, help="folder of training.train_separator")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--version", required=True, help="of the model, for its manifest")
-    parser.add_argument("--listening", type=float, help="default of fill; as it was where not given")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    written = add_separator(
-        args.bundle, args.run, args.out, args.version, listening=args.listening, force=args.force
-    )
+    written = add_separator(args.bundle, args.run, args.out, args.version, force=args.force)
     size = sum(p.stat().st_size for p in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error'][GRAPH]}")
 

@@ -2,19 +2,21 @@
 
 A log mel is guessed at its median, which is below the mean of magnitudes wherever the model is unsure. The
 median over windows of held-out songs that no test uses goes into the manifest, and the engine makes up for
-it.
+it. `--listening` gives the bundle another default of how much `fill` is guided by what it hears, under which
+it is then measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.audio import Audio
+from engine.errors import BacklineError
+from engine.manifest import Manifest
 from engine.model import Model
 from engine.take import Settings
 from engine.tasks import fill
@@ -40,6 +42,24 @@ def too_quiet(model: Model, windows: list[Window]) -> dict[str, float]:
     return found
 
 
+def retuned(manifest: Manifest, listening: float | None, version: str | None) -> Manifest:
+    """The manifest with another default listening and version, where they are given."""
+    sampling = manifest.sampling
+    if listening is not None:
+        sampling = sampling.model_copy(update={"listening": listening})
+    return manifest.model_copy(update={"sampling": sampling, "version": version or manifest.version})
+
+
+def made_up(manifest: Manifest, quieter: dict[str, float]) -> Manifest:
+    """The manifest with what fills are still too quiet by (dB, by stem) added to its makeup."""
+    if manifest.level is None:
+        raise BacklineError(f"The model {manifest.name} declares no level to make up for.")
+    before = manifest.level.makeup_db
+    makeup = {stem: round(before.get(stem, 0.0) + by, 1) for stem, by in quieter.items()}
+    level = manifest.level.model_copy(update={"makeup_db": makeup})
+    return manifest.model_copy(update={"level": level})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,16 +67,16 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="folder whose manifest is changed")
     parser.add_argument("--grooves", type=Path, required=True, help="cache of the groove probe")
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--listening", type=float, help="new default of fill; as it was where not given")
+    parser.add_argument("--version", help="new version of the model; as it was where not given")
     args = parser.parse_args()
     windows = held_out_windows(args.windows, args.grooves, FIRST_SEED)
-    found = too_quiet(Model.open(args.bundle, "cpu"), windows)
+    model = Model.open(args.bundle, "cpu")
+    model.manifest = retuned(model.manifest, args.listening, args.version)
+    manifest = made_up(model.manifest, too_quiet(model, windows))
     path = args.bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    before = manifest["level"].get("makeup_db", {})
-    makeup = {stem: round(before.get(stem, 0.0) + by, 1) for stem, by in found.items()}
-    manifest["level"]["makeup_db"] = makeup
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{path}: {makeup}")
+    path.write_text(manifest.model_dump_json(indent=1) + "\n")
+    print(f"{path}: {manifest.level}")
 
 
 if __name__ == "__main__":
