@@ -1,9 +1,8 @@
 """python -m training.train_separator: masks for every stem from the mix alone, without the other networks.
 
 Half of the mixtures are bands as rendered, in half each stem comes from another song: what sounds together
-by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser;
-most are played faster or slower, which moves pitches and formants alike, and many are made a sound that no
-source has: two sounds of one part layered, overdriven, in a room, with vibrato, with other attacks.
+by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser,
+some are overdriven, and most are played faster or slower, which moves pitches and formants alike.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.signal import fftconvolve, lfilter
 
 from export.separator import Separator, SeparatorConfig
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
-from training.render import SEPARATION_RATE
 from training.stems import STEMS
 
 N_FFT, HOP = 2048, 512
@@ -28,11 +25,8 @@ SAMPLES = (FRAMES - 1) * HOP
 FASTEST = 4.0  # semitones
 FRESH = 0.5  # share of mixtures whose stems come from different songs
 DRIVEN = 0.25  # share of stems that are overdriven, lightly to clearly
-LAYERED, SHAPED, ROOMY, SWAYING = 0.3, 0.3, 0.25, 0.15  # shares of stems with what else is done to a sound
-BELLS = 6  # of an equaliser
 MOVED = 0.7  # share of stems (of whole bands, where they play one song) that are played faster or slower
 SILENT = 0.08
-LONGEST = int(SAMPLES * 2 ** (FASTEST / 12)) + SEPARATION_RATE // 10  # samples that are read at most
 QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
 NOTHING = 1e-3  # squared magnitude, far below what is audible: a mixture may be silent
 DECIBEL = 10 / float(np.log(10))
@@ -50,7 +44,7 @@ class Mixtures:
 def load_stems(folder: Path) -> list[NDArray[np.int16]]:
     """Audio (stems, renders, samples) of the rendered songs, memory mapped. Raises FileNotFoundError."""
     songs = [np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.stems.npy"))]
-    songs = [song for song in songs if song.shape[2] >= LONGEST]
+    songs = [song for song in songs if song.shape[2] >= SAMPLES * 2 ** (FASTEST / 12) + 1]
     if not songs:
         raise FileNotFoundError(f"{folder} holds no stems; run python -m training.render --stems first")
     return songs
@@ -81,10 +75,9 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
     for stem in range(len(STEMS)):
         if fresh:
             song, place, speed = _place(songs, rng, augment)
-        if augment:
-            rows.append(_sound(song[stem], place, speed, rng))
-        else:
-            rows.append(_played(song[stem, int(rng.integers(song.shape[1]))], place))
+        render = song[stem, int(rng.integers(song.shape[1]))]
+        played = _played(render, place, speed)
+        rows.append(_driven(played, rng) if augment and rng.random() < DRIVEN else played)
     gains = np.ones(len(rows), np.float32)
     if augment:
         gains *= (10 ** (rng.normal(0, 4, len(rows)) / 20)).astype(np.float32)
@@ -102,61 +95,14 @@ def _place(
     return songs[int(rng.integers(len(songs)))], float(rng.random()), float(speed)
 
 
-def _sound(
-    renders: NDArray[np.int16], place: float, speed: float, rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """(SAMPLES,) of one part (renders, samples), as one of its sounds or made into another."""
-    sway = _sway(rng) if rng.random() < SWAYING else np.zeros(1)
-    first, second = rng.integers(len(renders), size=2)
-    played = _played(renders[first], place, speed, sway)
-    if rng.random() < LAYERED:
-        layer = _played(renders[second], place, speed, np.full(1, rng.uniform(0, 0.02) * SEPARATION_RATE))
-        played = played + np.float32(10 ** (rng.uniform(-12, 6) / 20)) * layer
-    if rng.random() < SHAPED:
-        played = _shaped(played, float(rng.uniform(-0.7, 0.7)))
-    if rng.random() < DRIVEN:
-        played = _driven(played, rng)
-    return _in_a_room(played, rng) if rng.random() < ROOMY else played
-
-
-def _sway(rng: np.random.Generator) -> NDArray[np.float64]:
-    """(SAMPLES,) by how many samples each is read later: a vibrato of up to 40 cents."""
-    turns = 2 * np.pi * rng.uniform(3, 7) / SEPARATION_RATE  # a sample
-    depth = (2 ** (rng.uniform(5, 40) / 1200) - 1) / turns
-    swayed: NDArray[np.float64] = depth * (1 + np.sin(turns * np.arange(SAMPLES) + rng.uniform(0, 6.3)))
-    return swayed
-
-
-def _played(
-    audio: NDArray[np.int16], place: float, speed: float = 1.0, later: NDArray[np.float64] | None = None
-) -> NDArray[np.float32]:
+def _played(audio: NDArray[np.int16], place: float, speed: float) -> NDArray[np.float32]:
     """(SAMPLES,) float32, linear between samples: what that dulls, an equaliser dulls more."""
-    shift = np.zeros(1) if later is None else later
-    length = int(np.ceil(SAMPLES * speed + shift.max())) + 1
+    length = int(np.ceil(SAMPLES * speed)) + 1
     start = int(place * (len(audio) - length))
     part: NDArray[np.float32] = audio[start : start + length].astype(np.float32) / np.float32(32768)
-    if speed == 1.0 and not shift.any():
+    if speed == 1.0:
         return part[:SAMPLES]
-    return np.interp(np.arange(SAMPLES) * speed + shift, np.arange(length), part).astype(np.float32)
-
-
-def _shaped(audio: NDArray[np.float32], amount: float) -> NDArray[np.float32]:
-    """With attacks that stand out more (amount above 0) or less: level over 12 ms against 190 ms."""
-    size = 256
-    blocks = np.sqrt((audio[: SAMPLES // size * size].reshape(-1, size) ** 2).mean(1)) + 1e-4
-    ratio = blocks / np.convolve(np.pad(blocks, (16, 0), mode="edge"), np.full(17, 1 / 17), "valid")
-    gain = np.clip(ratio**amount, 0.2, 5)
-    return audio * np.interp(np.arange(SAMPLES), size * (np.arange(len(gain)) + 0.5), gain).astype(np.float32)
-
-
-def _in_a_room(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """With noise that decays by 60 dB in 0.1 to 1 s as the room's answer (Moorer 1979), dulled at random."""
-    time = np.arange(SEPARATION_RATE // 2) / SEPARATION_RATE
-    answer = rng.standard_normal(len(time)) * np.exp(-6.9 * time / 10 ** rng.uniform(-1, 0))
-    answer = lfilter([1.0], [1.0, -rng.uniform(0, 0.9)], answer)
-    answer *= 10 ** (rng.uniform(-20, -2) / 20) / np.sqrt((answer**2).sum())
-    answer[0] += 1.0
-    return fftconvolve(audio, answer)[:SAMPLES].astype(np.float32)
+    return np.interp(np.arange(SAMPLES) * speed, np.arange(length), part).astype(np.float32)
 
 
 def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
@@ -167,14 +113,13 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
 
 
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, S, 1, bins) factors: a tilt and bells over the logarithm of frequency."""
+    """(B, S, 1, bins) factors: a tilt and three bells over the logarithm of frequency."""
     axis = np.linspace(-1, 1, bins)
     axis = 2 * np.log2(1 + 40 * (axis + 1) / 2) / np.log2(41) - 1  # about nine octaves, dense below
     shape = (batch, len(STEMS), 1, 1)
     db = rng.normal(0, 4, shape) * axis
-    for _ in range(BELLS):
-        width = np.exp(rng.uniform(np.log(0.04), np.log(0.5), shape))
-        bell = np.exp(-(((axis - rng.uniform(-1, 1, shape)) / width) ** 2))
+    for _ in range(3):
+        bell = np.exp(-(((axis - rng.uniform(-1, 1, shape)) / rng.uniform(0.08, 0.5, shape)) ** 2))
         db = db + rng.normal(0, 5, shape) * bell
     return torch.from_numpy((10 ** (db / 20)).astype(np.float32))
 
