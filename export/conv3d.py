@@ -55,14 +55,9 @@ class FoldedConv3d(nn.Module):
 
     def _convolved(self, x: Tensor, taps: list[Tensor]) -> Tensor:
         slices = x.transpose(1, 2)
-        before, here, after = (
-            self._by_slices(part, tap, bias)
-            for part, tap, bias in (
-                (slices[:, :-1], taps[0], None),
-                (slices, taps[1], self.bias),
-                (slices[:, 1:], taps[2], None),
-            )
-        )
+        before = self._by_slices(slices[:, :-1], taps[0], None)
+        here = self._by_slices(slices, taps[1], self.bias)
+        after = self._by_slices(slices[:, 1:], taps[2], None)
         inner = (0, 0, 0, 0, 0, 0)
         y = here + functional.pad(before, (*inner, 1, 0)) + functional.pad(after, (*inner, 0, 1))
         return y.transpose(1, 2)

@@ -238,8 +238,8 @@ def quantise(path: Path) -> None:
 
     What is multiplied with them gets its 8 bits and scale at run time, so nothing has to be calibrated. It
     pays on processors with 8-bit dot products (VNNI); convolutions stay as they are, onnxruntime's in 8 bits
-    being slower than its float ones. The matrices use 7 of the 8 bits: without VNNI
-    products are added in pairs of 16 bits, which 8 overflow, and a bundle has to be right on every machine.
+    being slower than its float ones. The matrices use 7 of the 8 bits: without VNNI products are added in
+    pairs of 16 bits, which 8 overflow, and a bundle has to be right on every machine.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
