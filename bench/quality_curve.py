@@ -134,6 +134,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     rows = report["split"]
     right.plot([r["steps"] for r in rows], [r["si_sdri"] for r in rows], marker="o")
     right.set(xscale="log", xlabel="steps", ylabel="split: SI-SDRi, dB")
+    for axes, rows in ((left, report["fill"]), (right, report["split"])):
+        steps = sorted({row["steps"] for row in rows})
+        axes.set_xticks(steps, [str(step) for step in steps])
+        axes.minorticks_off()
     figure.savefig(path, dpi=110)
 
 
