@@ -33,9 +33,9 @@ class Reusing(StemUNet):
     every, calls = 1, 0
     kept: torch.Tensor
 
-    def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def attended(self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
         if self.calls % self.every == 0:
-            self.kept = super().attended(h, cond)
+            self.kept = super().attended(h, cond, far)
         self.calls += 1
         return self.kept
 

@@ -39,7 +39,7 @@ app.add_typer(session_commands.app, name="session")
 
 logging.getLogger("backline").addHandler(logging.NullHandler())  # its warnings are said here, once
 
-Sampler = Literal["ddim", "dpmpp_2m", "euler"]
+Sampler = Literal["ddim", "dpmpp_2m", "euler", "distilled"]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results; made where there is none.")]
 Picture = Annotated[bool, typer.Option("--picture/--no-picture", help="Draw the spectrograms.")]
 SamplerName = Annotated[Sampler | None, typer.Option("--sampler", help="That of --quality if not given.")]

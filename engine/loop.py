@@ -82,14 +82,16 @@ def sample_on_device(
     first step and after each, raises to cancel.
     """
     path, updates = linear_steps(sampler, model.schedule, steps, eta)
-    feeds = _step_feeds(model, x, path, updates, held, rng, len(passes))
+    told = [model.told_timestep(t, sampler == "distilled") for t in path]
+    feeds = _step_feeds(model, x, path, updates, held, rng)
+    feeds["timesteps"] = np.repeat(np.array([*told[1:], told[-1]])[:, None], len(passes) * len(x), axis=1)
     if guidance:
         scales, rescales = zip(*(list(guidance) * 2)[:2], strict=True)
         feeds |= {"scales": np.array(scales, np.float32), "rescales": np.array(rescales, np.float32)}
     first = _arranged(x, held, model.schedule, path[0])
     unet_feeds = _unet_feeds(model, passes, x.shape)
     unet_feeds["latents"] = np.concatenate([first] * len(passes))
-    unet_feeds["timestep"] = np.full(len(unet_feeds["latents"]), path[0], np.int64)
+    unet_feeds["timestep"] = np.full(len(unet_feeds["latents"]), told[0], np.int64)
 
     key = tuple((name, value.shape) for name, value in sorted((unet_feeds | feeds).items()))
     loop = model.loops.pop(key, None) or _open(model, unet_feeds, feeds, len(passes))
@@ -135,17 +137,14 @@ def _step_feeds(
     updates: NDArray[np.float64],
     held: Held | None,
     rng: np.random.Generator | None,
-    passes: int,
 ) -> dict[str, NDArray[Any]]:
     fresh = (updates[:, 3] > 0) & (rng is not None)
     updates = updates * [1, 1, 1, rng is not None]
     noises = np.zeros((1, 1, 1, 1, 1, 1), np.float32)
     if rng is not None and fresh.any():
         noises = np.stack([rng.standard_normal(x.shape, np.float32) for _ in range(int(fresh.sum()))])
-    after = np.array([*path[1:], path[-1]], np.int64)
     feeds: dict[str, NDArray[Any]] = {
         "table": table(model.schedule, path, updates, model.manifest.prediction),
-        "timesteps": np.repeat(after[:, None], passes * len(x), axis=1),
         "draws": np.where(fresh, np.cumsum(fresh) - 1, 0).astype(np.int64),
         "noises": noises,
         "held": np.zeros((1, 1, 1, 1, 1), np.float32),

@@ -5,7 +5,7 @@ The engine has no model constants. `export/` and `training/` write this file, th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -79,7 +79,7 @@ class Vocoder(_Part):
     trim: int = Field(ge=0, description="extra samples the graph returns at the end")
 
 
-SamplerName = Literal["ddim", "dpmpp_2m", "euler"]
+SamplerName = Literal["ddim", "dpmpp_2m", "euler", "distilled"]
 Quality = Literal["draft", "normal", "best"]
 FEW_STEPS = 20  # above this, a draft is left to the solver of second order
 
@@ -165,6 +165,10 @@ class Level(_Part):
         default_factory=dict,
         description="by stem, gain on what is made: where a model is unsure it is too quiet",
     )
+    alone_db: dict[str, float] = Field(
+        default_factory=dict,
+        description="the same where nothing is heard, as in generate; empty: makeup_db holds there too",
+    )
 
 
 class Separator(_Part):
@@ -191,6 +195,16 @@ class Separator(_Part):
     def bins(self) -> int:
         """Of the spectrogram, from 0 Hz to half the rate."""
         return self.n_fft // 2 + 1
+
+
+class Distilled(_Part):
+    """Few long steps of one pass each, which the UNet has learnt beside its ordinary ones.
+
+    Asked for by a `timestep` of the schedule's steps more; see `engine.samplers.sample_distilled`.
+    """
+
+    steps: int = Field(gt=0, description="so many and no others")
+    listening: float = Field(gt=0, description="weight of what fill hears, learnt in")
 
 
 class Manifest(_Part):
@@ -223,6 +237,7 @@ class Manifest(_Part):
         default=2.0, gt=0, description="split masks are ratios of the stems' mel magnitudes to this power"
     )
     separator: Separator | None = None
+    distilled: Distilled | None = None
     networks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="the configuration dataclass of each network, by graph name"
     )
@@ -247,8 +262,15 @@ class Manifest(_Part):
             raise ValueError("the capability separator and its geometry go together")
         if "separator" in declared and "mixture" not in declared:
             raise ValueError("the capability separator needs mixture, which hears what no stem explains")
-        if self.level is not None and not set(self.level.makeup_db) <= set(self.stems):
-            raise ValueError("makeup_db names a stem that is none")
+        if ("distilled" in declared) != (self.distilled is not None):
+            raise ValueError("the capability distilled and its steps go together")
+        presets = [self.sampling.preset(name, self.schedule.steps) for name in get_args(Quality)]
+        few = self.distilled.steps if self.distilled else 0
+        if any(preset.sampler == "distilled" and preset.steps != few for preset in presets):
+            raise ValueError("a distilled preset takes the steps that distilled says")
+        gains = {} if self.level is None else self.level.makeup_db | self.level.alone_db
+        if not set(gains) <= set(self.stems):
+            raise ValueError("makeup_db or alone_db names a stem that is none")
         if ("chords" in declared) != (self.chords is not None):
             raise ValueError("the capability chords and its layout go together")
         return self

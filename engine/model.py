@@ -140,20 +140,25 @@ class Model:
         """`mel` (B, 1, frames, mels) or `audio` (B, samples), as manifest.clap says -> (B, E)."""
         return self._run("clap_audio", **inputs)
 
-    def denoiser(self, conditions: Conditions) -> Denoiser:
+    def denoiser(self, conditions: Conditions, *, distilled: bool = False) -> Denoiser:
         """The UNet under these conditions, as a function of (x, t) that returns clean latents.
 
         conditions: the UNet's inputs by name (shapes in the design); one that is left out is unknown:
-        zeros, and `film_uncond` for film. The constant inputs are bound to the device once.
+        zeros, and `film_uncond` for film. The constant inputs are bound to the device once. distilled: ask
+        for the predictions of manifest.distilled, see `told_timestep`.
         """
         predict = self._bound_unet(conditions)
         prediction = self.manifest.prediction
         schedule = self.schedule
 
         def denoise(x: FloatArray, t: int) -> FloatArray:
-            return clean_from(predict(x, t), x, schedule, t, prediction)
+            return clean_from(predict(x, self.told_timestep(t, distilled)), x, schedule, t, prediction)
 
         return denoise
+
+    def told_timestep(self, t: int, distilled: bool) -> int:
+        """The UNet's `timestep` at step t: distilled predictions are asked for past the schedule's end."""
+        return t + self.schedule.steps if distilled else t
 
     def predict(self, x: FloatArray, t: int, conditions: Conditions) -> FloatArray:
         """The UNet's own output (eps, v or x0), (B, S, Z, T, F)."""

@@ -74,6 +74,14 @@ def karras_timesteps(schedule: Schedule, n: int) -> NDArray[np.int64]:
     return np.unique(np.round(steps).astype(np.int64))
 
 
+def distilled_timesteps(schedule: Schedule, n: int) -> NDArray[np.int64]:
+    """(n,) rising int64 steps of a distilled model: those of Karras et al., whose last step is to clean.
+
+    Raises UsageError unless 1 <= n < T.
+    """
+    return karras_timesteps(schedule, n + 1)[1:]
+
+
 def _check(schedule: Schedule, n: int) -> None:
     if not 1 <= n <= schedule.steps:
         raise UsageError(f"The number of steps must be 1 to {schedule.steps}, not {n}.")

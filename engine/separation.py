@@ -324,7 +324,10 @@ def _resolve(settings: Settings, manifest: Manifest, one_look: bool) -> Settings
         share = POSTERIOR_QUALITY.get(settings.quality or "normal", 1.0)
         many = min(manifest.schedule.steps, round(share * max(manifest.sampling.steps, POSTERIOR_STEPS)))
         settings = replace(settings, steps=1 if one_look else many)
-    if settings.sampler is None and not one_look:
+    if settings.sampler == "distilled":
+        raise UsageError("Distilled sampling plays stems and takes no mix apart: choose another sampler.")
+    preset = manifest.sampling.preset(settings.quality or "normal", manifest.schedule.steps)
+    if settings.sampler is None and (not one_look or preset.sampler == "distilled"):
         settings = replace(settings, sampler=POSTERIOR_SAMPLER)
     return resolve(settings, manifest)
 

@@ -24,9 +24,9 @@ class Settings:
 
     seed: the same seed gives the same bytes on the same device. eta: 0 deterministic .. 1 as much fresh
     noise as the model's own process. guidance: weight of the prompt, 1 is none. listening: the same for
-    what `fill` hears, and 1 in `generate` if not given. gamma: width of the Gaussian posterior in units of
-    sigma. quality: the bundle's steps and sampler for `draft`, `normal` (if not given) or `best`; steps and
-    sampler, where given, go before it.
+    what `fill` hears, and 1 in `generate` if not given; the sampler `distilled` has learnt its own. gamma:
+    width of the Gaussian posterior in units of sigma. quality: the bundle's steps and sampler for `draft`,
+    `normal` (if not given) or `best`; steps and sampler, where given, go before it.
     """
 
     seed: int = 0
@@ -71,6 +71,8 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
         raise UsageError(f"The seed must be 0 or more and below 2^63, not {settings.seed}.")
     if sampler not in SAMPLERS:
         raise UsageError(f"There is no sampler {sampler!r}: choose {', '.join(SAMPLERS)}.")
+    if sampler == "distilled":
+        steps, listening = _distilled(settings, manifest), 1.0
     if not 1 <= steps <= manifest.schedule.steps:
         raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {steps}.")
     if not 0 <= eta <= 1:
@@ -89,6 +91,18 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
         eta=eta,
         quality=quality,
     )
+
+
+def _distilled(settings: Settings, manifest: Manifest) -> int:
+    """Steps of distilled sampling. Raises UsageError where it cannot be had as these settings want it."""
+    if manifest.distilled is None:
+        raise UsageError(f"The model {manifest.name} is not distilled: choose another sampler.")
+    steps = manifest.distilled.steps
+    if settings.steps not in (None, steps):
+        raise UsageError(f"Distilled sampling takes {steps} steps, not {settings.steps}.")
+    if settings.listening not in (None, 1.0):
+        raise UsageError("Distilled sampling has learnt its listening: leave it out.")
+    return steps
 
 
 def make_record(task: str, model: Model, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ FloatArray = NDArray[np.float32]
 HEARD = ("context", "context_mask", "mixture", "mixture_mask", "mixture_stems", "grid", "chords")
 MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
 ATTEMPTS, RESTING_DB = 3, 40.0
+FULL_SCALE = 0.99
 NEXT_SEED = 1 << 32  # past the seeds that users type
 
 
@@ -54,7 +55,7 @@ def generate(
     batch: Batch | None = None,
     callback: Callback | None = None,
 ) -> Take:
-    """All stems, round(seconds * rate) samples each, mono at the vocoder's rate.
+    """All stems, round(seconds * rate) samples each, mono at the vocoder's rate, their sum within full scale.
 
     text, audio: prompts. bpm, beats_per_bar, first_beat (seconds): the tempo grid. chords: a chart such as
     "C | Am | F G | G7", one cell a bar, repeated over the length. batch: takes that differ in settings.seed
@@ -83,7 +84,9 @@ def generate(
     )
     started = clock(timings, "sample", started)
     rate = model.manifest.vocoder.sample_rate
-    rendered = _render(model, latents, callback) * _makeup(model.manifest, model.manifest.stems)
+    rendered = _render(model, latents, callback)
+    rendered *= _makeup(model.manifest, model.manifest.stems, alone=True)
+    rendered *= _unclipped(rendered)
     stems = {
         name: Audio(fit(rendered[i : i + 1], round(seconds * rate)), rate)
         for i, name in enumerate(model.manifest.stems)
@@ -448,10 +451,21 @@ def _render(model: Model, latents: FloatArray, callback: Callback | None) -> Flo
     return vocode_timeline(model, decode_timeline(model, latents, decoding), vocoding)
 
 
-def _makeup(manifest: Manifest, stems: Sequence[str]) -> FloatArray:
-    """(len(stems), 1) factors that bring what the model makes of each stem to its usual level."""
-    db = {} if manifest.level is None else manifest.level.makeup_db
+def _makeup(manifest: Manifest, stems: Sequence[str], *, alone: bool = False) -> FloatArray:
+    """(len(stems), 1) factors that bring what the model makes of each stem to its usual level.
+
+    alone: made up with nothing to play along with.
+    """
+    db: dict[str, float] = {}
+    if manifest.level is not None:
+        db = manifest.level.alone_db if alone and manifest.level.alone_db else manifest.level.makeup_db
     return np.array([[10 ** (db.get(stem, 0.0) / 20)] for stem in stems], np.float32)
+
+
+def _unclipped(stems: FloatArray) -> np.float32:
+    """The factor, at most 1, that keeps every stem (S, n) and their sum within full scale."""
+    peak = max(float(np.abs(stems).max()), float(np.abs(stems.sum(axis=0)).max()))
+    return np.float32(min(1.0, FULL_SCALE / max(peak, 1e-9)))
 
 
 def _request(

@@ -126,7 +126,7 @@ def sample_timeline(
                 model, x, passes, guidance=guidance, held=held, sampler=name, **sampling
             )
         else:
-            denoise = _denoiser(model, passes, guidance)
+            denoise = _denoiser(model, passes, guidance, settings.sampler == "distilled")
             denoise = denoise if wrap is None else wrap(denoise, start, window)
             if held is not None:
                 denoise = inpainted(denoise, held.known, held.mask, model.schedule, held.noise)
@@ -250,9 +250,12 @@ def _passes(
 
 
 def _denoiser(
-    model: Model, passes: Sequence[dict[str, FloatArray]], guidance: Sequence[tuple[float, float]]
+    model: Model,
+    passes: Sequence[dict[str, FloatArray]],
+    guidance: Sequence[tuple[float, float]],
+    distilled: bool,
 ) -> Denoiser:
-    denoisers = [model.denoiser(conditions) for conditions in passes]
+    denoisers = [model.denoiser(conditions, distilled=distilled) for conditions in passes]
     for scale, rescale in reversed(guidance):
         pairs = zip(denoisers[::2], denoisers[1::2], strict=True)
         denoisers = [guided(told, untold, scale, rescale=rescale) for told, untold in pairs]

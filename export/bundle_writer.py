@@ -98,7 +98,12 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
         ]
         return [
             Input("latents", ("batch", stems, z, t, f)),
-            Input("timestep", ("batch",), "int64", high=manifest.schedule.steps),
+            Input(
+                "timestep",
+                ("batch",),
+                "int64",
+                high=manifest.schedule.steps * (2 if "distilled" in declared else 1),
+            ),
             *(item for wanted, item in optional if wanted),
         ]
     if graph == "vae_encoder":

@@ -37,6 +37,8 @@ class StemUNetConfig:
     harmony: int = 192
     harmony_blocks: int = 5
     harmony_guidance: float = 1.0  # weight of what the harmony is told; 1 is none, and what trains
+    distilled: int = 0  # timesteps from here on ask for the distilled prediction; 0: there is none
+    adapter: int = 96  # width of what the distilled prediction adds to every block
 
 
 class Harmony(nn.Module):
@@ -111,12 +113,44 @@ def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+class Adapter(nn.Module):
+    """A narrow pair of layers beside a block (Houlsby and others 2019), frame by frame; nothing untrained."""
+
+    def __init__(self, width: int, narrow: int) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(width, narrow), nn.Linear(narrow, width)
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outward(F.gelu(self.inward(x), approximate="tanh"))
+
+
+class Distilled(nn.Module):
+    """What the UNet's distilled prediction adds to the ordinary one, which stays as it is."""
+
+    def __init__(self, config: StemUNetConfig) -> None:
+        super().__init__()
+        c = config
+        self.cond = nn.Parameter(torch.zeros(c.cond))
+        self.down, self.layers, self.up = (
+            nn.ModuleList(Adapter(width, c.adapter) for _ in range(count))
+            for width, count in ((c.width, c.blocks_down), (c.inner, c.layers), (c.width, c.blocks_up))
+        )
+        self.outward = nn.Linear(c.width, c.stems * (c.channels - c.tones) * c.freq)
+        nn.init.zeros_(self.outward.weight)
+        nn.init.zeros_(self.outward.bias)
+
+
 class StemUNet(nn.Module):
     """The network behind unet.onnx.
 
     latents (B,S,Z,T,F), timestep (B,), film (B,E), context (B,S,Z,T,F), context_mask (B,S,T),
     mixture (B,Z,T,F), mixture_mask (B,T), mixture_stems (B,S), grid (B,T,6), chords (B,T,25)
     -> prediction (B,S,Z,T,F).
+
+    With `config.distilled`, timestep t + distilled has the noise of t, and asks for the prediction with
+    which one long step arrives where ordinary ones take several (training.distill).
     """
 
     def __init__(self, config: StemUNetConfig) -> None:
@@ -127,6 +161,7 @@ class StemUNet(nn.Module):
         self.film = nn.Linear(c.film, c.cond)
         self.time = nn.Sequential(nn.Linear(c.cond, c.cond), nn.SiLU())
         self.cond = nn.Sequential(nn.Linear(2 * c.cond, c.cond), nn.SiLU())
+        self.distilled = Distilled(c) if c.distilled else None
         self.down = nn.ModuleList(ConvBlock(c.width, c.expansion, 7, c.cond) for _ in range(c.blocks_down))
         self.shrink = nn.Conv1d(c.width, c.inner, 2, stride=2)
         self.layers = nn.ModuleList(Attention(c.inner, c.heads, c.cond, c.expansion) for _ in range(c.layers))
@@ -161,19 +196,27 @@ class StemUNet(nn.Module):
         stems = mixture_stems[:, None] * heard
         pictures = [latents, context, mixture[:, None]]
         rest = [mask, torch.cat([heard, stems, grid, chords], -1)]
+        far = torch.zeros(1, 1, 1)
+        if c.distilled:
+            far = (timestep >= c.distilled).float()[:, None, None]
+            timestep = timestep % c.distilled
         cond = self.time(timestep_embedding(timestep, c.cond))
+        if self.distilled is not None:
+            cond = cond + far[:, 0] * self.distilled.cond
         cond = self.cond(torch.cat([cond, self.film(film) * math.sqrt(c.film)], -1))
         h = self.inward(_joined(pictures, rest))
         tones = None
         if self.harmony is not None:
             hidden, tones = self.heard(pictures, rest, timestep)
             h = h + self.hear(hidden)
-        for block in self.down:
-            h = block(h, cond)
-        h = h + self.attended(h, cond)
-        for block in self.up:
-            h = block(h, cond)
-        out = self.outward(self.norm(h)).reshape(batch, length, c.stems, -1, c.freq)
+        more = self.distilled
+        h = _through(self.down, h, [cond], more.down if more else None, far)
+        h = h + self.attended(h, cond, far)
+        h = self.norm(_through(self.up, h, [cond], more.up if more else None, far))
+        out = self.outward(h)
+        if more is not None:
+            out = out + far * more.outward(h)
+        out = out.reshape(batch, length, c.stems, -1, c.freq)
         if tones is not None:
             tones = tones.reshape(batch, length, c.stems, c.tones, 1)
             out = torch.cat([out, tones.expand(-1, -1, -1, -1, c.freq)], 3)
@@ -199,14 +242,14 @@ class StemUNet(nn.Module):
             tones = alone + c.harmony_guidance * (tones - alone)
         return hidden, tones
 
-    def attended(self, h: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def attended(self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
         """(B, T, width) of what the level below sees in the whole window."""
         batch, length, width = h.shape
         padded = F.pad(h.transpose(1, 2), (0, 1))  # so that the last frame of an odd length has a pair
         inner = self.shrink(padded).transpose(1, 2)
-        cos, sin = self._rotation(inner)
-        for layer in self.layers:
-            inner = layer(inner, cond, cos, sin)
+        told = [cond, *self._rotation(inner)]
+        adapters = self.distilled.layers if self.distilled else None
+        inner = _through(self.layers, inner, told, adapters, far)
         return self.grow(inner).reshape(batch, inner.shape[1] * 2, width)[:, :length]
 
     def _rotation(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,6 +258,20 @@ class StemUNet(nn.Module):
         rates = torch.exp(-math.log(1000.0) * torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angles = position[:, None] * rates
         return angles.cos(), angles.sin()
+
+
+def _through(
+    blocks: nn.ModuleList,
+    h: torch.Tensor,
+    told: list[torch.Tensor],
+    adapters: nn.ModuleList | None,
+    far: torch.Tensor,
+) -> torch.Tensor:
+    """h after the blocks, each with its adapter's share where `far` is 1."""
+    for i, block in enumerate(blocks):
+        beside = 0.0 if adapters is None else far * adapters[i](h)
+        h = block(h, *told) + beside
+    return h
 
 
 def _joined(pictures: list[torch.Tensor], rest: list[torch.Tensor]) -> torch.Tensor:

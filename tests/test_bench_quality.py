@@ -69,7 +69,7 @@ def test_silence_has_no_pitch() -> None:
 def test_a_songs_chords_are_a_chart_that_the_engine_reads() -> None:
     chart = [["C"], ["Am7", "F"], ["Dm7b5"], ["GM7"]]
     written = Song({}, 120.0, 4.0, 8.0, timeline(chart, 4.0), "C major", "rock", {}, False)
-    text = band.chart_text(written)
+    text = written.chart
     assert text == "C | Am7 F | Dm7b5 | GM7"
     assert [len(bar) for bar in parse_chords(text)] == [1, 2, 1, 1]
     assert pitch.chord_at(written, 2 * 1.0 + 1.01).symbol == "F"

@@ -14,6 +14,7 @@ from training_songs import song
 from engine.manifest import (
     Chords,
     Clap,
+    Distilled,
     Grid,
     Latent,
     Level,
@@ -42,6 +43,7 @@ UNET = StemUNetConfig(
     channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16,
     tones=12, harmony=16, harmony_blocks=1, harmony_guidance=2.0,
 )  # fmt: skip
+FEW = replace(UNET, distilled=1000, adapter=4)
 VAE = PatchVAEConfig(
     mels=MELS, channels=4, width=8, encoder_blocks=1, decoder_blocks=1, tones=12, tones_width=8
 )
@@ -97,7 +99,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Ca
         prediction="v",
         sampling=Sampling(sampler="dpmpp_2m", steps=2),
         window_frames=64,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "distilled"),
+        distilled=Distilled(steps=3, listening=1.5),
         film_dim=FILM,
         film_uncond=tuple(uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json"),
@@ -106,7 +109,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Ca
         level=Level(mixture_db=-8.0, context_db=-9.5),
     )
     networks = {
-        "unet": random(StemUNet(UNET), 3),
+        "unet": random(StemUNet(FEW), 3),
         "vae_encoder": vae.encoder,
         "vae_decoder": vae.decoder,
         "vocoder": random(Vocos(VOCOS), 4),
@@ -237,6 +240,33 @@ def test_guidance_moves_the_tones_away_from_what_nothing_told_would_give() -> No
     assert torch.allclose(found[:, :, -12:], alone + 3 * (told - alone), atol=1e-4)
     assert torch.allclose(found[:, :, :-12], plain(**inputs)[:, :, :-12], atol=1e-5)
     assert torch.allclose(guided(**untold), plain(**untold), atol=1e-5)  # a split's mixture is not touched
+
+
+def test_what_is_distilled_is_asked_for_past_the_schedule_and_changes_nothing_else() -> None:
+    plain, few = random(StemUNet(UNET)), random(StemUNet(FEW))
+    few.load_state_dict(plain.state_dict(), strict=False)
+    inputs = unet_inputs(3, 13)
+    ordinary = plain(**inputs)
+    assert torch.equal(few(**inputs), ordinary)
+    late = inputs["timestep"] + torch.tensor([1000, 0, 1000])
+    mixed = few(**(inputs | {"timestep": late}))
+    assert torch.allclose(mixed[1], ordinary[1], atol=1e-5), "samples of a batch are told apart"
+    rest = (mixed - ordinary)[[0, 2]]
+    assert rest[:, :, :-12].abs().amin((0, 1, 3)).max() > 1e-3
+    assert torch.allclose(rest[:, :, -12:], torch.zeros(()), atol=1e-5), "the harmony is the same"
+    new = StemUNet(FEW)
+    new.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.allclose(new(**(inputs | {"timestep": late})), ordinary, atol=1e-5), (
+        "untrained it adds nothing"
+    )
+
+
+def test_the_exported_unet_has_both_predictions(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
+    model = Model.open(bundle[0], "cpu", 1)
+    x = np.random.default_rng(0).normal(0, 1, (1, len(STEMS), CHANNELS, 15, 1)).astype(np.float32)
+    near, far = (model.denoiser({}, distilled=few)(x, 500) for few in (False, True))
+    assert np.abs(near - far)[:, :, :-12].max() > 0.01
+    assert np.abs(near - far)[:, :, -12:].max() < 1e-5
 
 
 def test_a_new_unet_predicts_nothing_and_attention_starts_as_the_identity() -> None:

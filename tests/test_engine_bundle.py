@@ -121,6 +121,22 @@ def test_manifest_with_makeup_for_a_stem_that_is_none(folder: Path) -> None:
     assert "makeup_db" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"capabilities": ["text", "audio", "context", "mixture", "grid", "chords", "distilled"]},
+            "go together",
+        ),
+        ({"distilled": {"steps": 4, "listening": 1.0}}, "go together"),
+        ({"sampling": {"sampler": "distilled", "steps": 4}}, "distilled preset"),
+    ],
+)
+def test_manifest_that_is_half_distilled(folder: Path, change: dict, message: str) -> None:
+    edit(folder, lambda values: values.update(change))
+    assert message in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\\b", "c:x"])
 def test_manifest_that_points_outside(folder: Path, name: str) -> None:
     edit(folder, lambda values: values["files"].update({name: "0" * 64}))

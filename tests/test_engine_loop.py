@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from tiny_bundle import CHANNELS, SCHEDULE, STEMS, WINDOW, write_tiny_bundle
+from tiny_bundle import CHANNELS, FEW, SCHEDULE, STEMS, WINDOW, write_tiny_bundle
 
 from engine import loop, sessions
 from engine.errors import BacklineError
@@ -99,8 +99,8 @@ def both_ways(model: Model, settings: Settings, **kwargs: Any) -> tuple[np.ndarr
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_the_device_samples_as_numpy_does(tmp_path: Path, sampler: str, eta: float, prediction: str) -> None:
-    model = Model.open(write_tiny_bundle(tmp_path / "b", prediction=prediction), "cpu", 1)
-    settings = Settings(seed=3, sampler=sampler, eta=eta, steps=6)
+    model = Model.open(write_tiny_bundle(tmp_path / "b", prediction=prediction, **FEW), "cpu", 1)
+    settings = Settings(seed=3, sampler=sampler, eta=eta, steps=6, listening=1.0)
     device, reference = both_ways(model, settings, conditions=lambda start, n: {})
     assert np.abs(device - reference).max() < 1e-3 * np.abs(reference).max()
     assert np.array_equal(device, both_ways(model, settings, conditions=lambda start, n: {})[0])

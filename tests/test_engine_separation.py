@@ -124,9 +124,9 @@ def test_one_evaluation_at_the_highest_step(tiny_model: Model, monkeypatch: pyte
         assert (conditions["mixture_mask"] == 1).all()
         assert (conditions["mixture_stems"] == 1).all()
 
-    def denoiser(conditions: dict[str, np.ndarray]) -> object:
+    def denoiser(conditions: dict[str, np.ndarray], **kwargs: bool) -> object:
         check(conditions)
-        denoise = real(conditions)
+        denoise = real(conditions, **kwargs)
 
         def watched(x: np.ndarray, t: int) -> np.ndarray:
             steps.append(t)

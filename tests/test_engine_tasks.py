@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_bundle import FEW as DISTILLED
 from tiny_bundle import STEMS, VOCODER_RATE, write_tiny_bundle
 
-from engine import tasks
+from engine import tasks, windows
 from engine.audio import Audio
 from engine.errors import BacklineError, Cancelled, UsageError
 from engine.model import Model
+from engine.separation import Method
 from engine.take import Settings, Take
 
 FEW = Settings(steps=2)
@@ -91,7 +93,6 @@ def test_makeup_makes_louder_what_is_made(tiny_model: Model) -> None:
 
     def takes(model: Model) -> list[Take]:
         return [
-            tasks.generate(model, seconds=1.0, settings=FEW),
             tasks.fill(model, without("piano", "bass"), ["piano", "bass"], settings=FEW),
             tasks.continue_(model, band(), seconds=1.0, settings=FEW),
         ]
@@ -100,6 +101,27 @@ def test_makeup_makes_louder_what_is_made(tiny_model: Model) -> None:
         for name, audio in before.stems.items():
             gain = 10 ** (6 / 20) if name == "piano" else 1.0
             assert np.allclose(after.stems[name].samples, gain * audio.samples, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_band_has_its_own_makeup_and_does_not_clip(tiny_model: Model) -> None:
+    def made(**gains: dict[str, float]) -> Take:
+        model, level = copy.copy(tiny_model), tiny_model.manifest.level
+        assert level is not None
+        model.manifest = tiny_model.manifest.model_copy(update={"level": level.model_copy(update=gains)})
+        return tasks.generate(model, seconds=1, settings=FEW)
+
+    def levels(take: Take) -> np.ndarray:
+        return np.array([20 * np.log10(np.abs(take.stems[stem].samples).max()) for stem in STEMS])
+
+    quiet = dict.fromkeys(STEMS, -40.0)
+    plain = levels(made(makeup_db=quiet))
+    assert levels(made(makeup_db={"bass": 9.0}, alone_db=quiet)) == pytest.approx(plain, abs=1e-3)
+    changed = levels(made(alone_db=quiet | {"piano": -46.0}))
+    assert changed - plain == pytest.approx([0, 0, 0, -6.0], abs=1e-3)
+    loud = made(alone_db=dict.fromkeys(STEMS, 40.0))
+    assert np.abs(loud.mix().samples).max() <= 1.0
+    assert levels(loud) - levels(loud)[0] == pytest.approx(plain - plain[0], abs=1e-2), "the balance stays"
+    assert all(np.abs(part.samples).max() <= 1.0 for part in loud.stems.values())
 
 
 @pytest.mark.parametrize("quiet", [0, 1, 2, 3])
@@ -254,8 +276,8 @@ def test_cancel_at_any_moment(tiny_model: Model, job: str, monkeypatch: pytest.M
     evaluations = 0
     real = tiny_model.denoiser
 
-    def denoiser(conditions: Any) -> Any:
-        denoise = real(conditions)
+    def denoiser(conditions: Any, **kwargs: Any) -> Any:
+        denoise = real(conditions, **kwargs)
 
         def watched(x: np.ndarray, t: int) -> np.ndarray:
             nonlocal evaluations
@@ -302,6 +324,7 @@ def test_lengths_out_of_range(tiny_model: Model, seconds: float) -> None:
         (Settings(steps=0), "1 to 1000"),
         (Settings(steps=1001), "1 to 1000"),
         (Settings(sampler="magic"), "no sampler 'magic'"),
+        (Settings(sampler="distilled"), "istilled"),
         (Settings(guidance=-1.0), "guidance"),
         (Settings(guidance=float("nan")), "guidance"),
         (Settings(eta=1.5), "eta"),
@@ -316,6 +339,51 @@ def test_settings_out_of_range(tiny_model: Model, settings: Settings, message: s
     ):
         with pytest.raises(UsageError, match=message):
             start()
+
+
+@pytest.fixture(scope="module")
+def few_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.open(write_tiny_bundle(tmp_path_factory.mktemp("few") / "b", **DISTILLED), "cpu", 1)
+
+
+def test_a_distilled_draft_takes_its_steps_in_one_pass_each(
+    few_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = windows.sample_on_device, []
+    monkeypatch.setattr(
+        windows,
+        "sample_on_device",
+        lambda model, x, passes, **kwargs: (
+            calls.append((len(passes), kwargs["sampler"], kwargs["steps"])),
+            real(model, x, passes, **kwargs),
+        )[1],
+    )
+    draft = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(quality="draft"))
+    tasks.generate(few_model, seconds=1, bpm=90, settings=Settings(quality="draft"))
+    usual = tasks.fill(few_model, without("bass"), ["bass"])
+    assert calls == [(1, "distilled", 6), (1, "distilled", 6), (2, "dpmpp_2m", 4)]
+    assert draft.record["settings"]["sampler"] == "distilled"
+    asked = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(sampler="distilled"))
+    assert content(asked) == content(draft) != content(usual)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"steps": 5}, "takes 6 steps, not 5"), ({"listening": 2.0}, "leave it out")]
+)
+def test_distilled_sampling_is_had_as_it_was_taught(
+    few_model: Model, change: dict[str, Any], message: str
+) -> None:
+    settings = Settings(sampler="distilled", **change)
+    with pytest.raises(UsageError, match=message):
+        tasks.fill(few_model, without("bass"), ["bass"], settings=settings)
+
+
+@pytest.mark.parametrize("method", ["mask", "dirac"])
+def test_a_mix_is_not_taken_apart_in_distilled_steps(few_model: Model, method: Method) -> None:
+    take = tasks.split(few_model, tone(), method=method, settings=Settings(quality="draft"))
+    assert take.record["settings"]["sampler"] == "euler"
+    with pytest.raises(UsageError, match="takes no mix apart"):
+        tasks.split(few_model, tone(), method=method, settings=Settings(sampler="distilled"))
 
 
 @pytest.mark.parametrize(

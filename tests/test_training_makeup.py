@@ -10,8 +10,12 @@ import pytest
 
 from engine.errors import BacklineError
 from engine.model import Model
+from engine.take import Settings
+from engine.tasks import generate
+from training.bands import Song
+from training.charts import timeline
 from training.held_out import RATE, Window
-from training.makeup import SAMPLES, made_up, retuned, too_quiet
+from training.makeup import SAMPLES, made_up, retuned, too_quiet, too_quiet_alone
 from training.metrics import rms_db
 from training.stems import STEMS
 
@@ -20,8 +24,15 @@ class Heard:
     """As much of a window as is looked at: stems of noise at different levels."""
 
     seed = 3
+    song = Song({}, 120.0, 4.0, 8.0, timeline([["C"], ["F"]], 4.0), "C major", "rock", {}, False)
     stems = np.random.default_rng(0).normal(0, 1, (len(STEMS), SAMPLES + RATE)).astype(np.float32)
     stems *= np.array([[0.1], [0.05], [0.02], [0.01]], np.float32)
+
+
+class Quiet(Heard):
+    """So much that no band of these levels clips."""
+
+    stems = Heard.stems * np.float32(0.1)
 
 
 def test_what_is_made_up_is_what_was_missing(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +42,25 @@ def test_what_is_made_up_is_what_was_missing(tiny_model: Model, monkeypatch: pyt
     assert set(found) == set(STEMS) and all(np.isfinite(list(found.values())))
     assert rms_db(Heard.stems[0]) == pytest.approx(-20, abs=0.1)
     louder = copy.copy(tiny_model)
-    louder.manifest = made_up(tiny_model.manifest, found)
+    alone = too_quiet_alone(tiny_model, windows)
+    louder.manifest = made_up(tiny_model.manifest, found, alone)
     assert too_quiet(louder, windows) == pytest.approx(dict.fromkeys(STEMS, 0.0), abs=0.05)
+
+
+def test_bands_from_nothing_come_out_at_the_level_of_true_stems(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.makeup.SAMPLES", 2 * RATE)
+    windows = [cast(Window, Quiet())] * 3
+    alone = too_quiet_alone(tiny_model, windows)
+    level = tiny_model.manifest.level
+    assert level is not None
+    levelled = copy.copy(tiny_model)
+    levelled.manifest = made_up(tiny_model.manifest, {"bass": 3.0}, alone)
+    assert levelled.manifest.level is not None and levelled.manifest.level.makeup_db == {"bass": 3.0}
+    made = generate(levelled, seconds=2, settings=Settings(seed=Heard.seed))
+    for stem, truth in zip(STEMS, Quiet.stems, strict=True):
+        assert rms_db(made.stems[stem].samples[0]) == pytest.approx(rms_db(truth), abs=0.2)
 
 
 def test_another_listening(tiny_model: Model) -> None:
@@ -46,4 +74,4 @@ def test_another_listening(tiny_model: Model) -> None:
 def test_a_bundle_without_levels_is_refused(tiny_model: Model) -> None:
     deaf = tiny_model.manifest.model_copy(update={"level": None})
     with pytest.raises(BacklineError, match="declares no level"):
-        made_up(deaf, {"bass": 1.0})
+        made_up(deaf, {"bass": 1.0}, {"bass": 1.0})

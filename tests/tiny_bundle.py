@@ -1,7 +1,8 @@
 """A bundle of tiny analytic graphs, so that the engine's tests run in milliseconds.
 
 The VAE averages and repeats, so encoding then decoding loses only detail within a latent frame. The UNet's
-prediction answers to every input it declares through fixed random weights. The vocoder sums one
+prediction answers to every input it declares through fixed random weights; from the schedule's last timestep
+on it has another answer at the same noise, as a distilled one has. The vocoder sums one
 steady cosine per mel band, scaled by the band's magnitude.
 """
 
@@ -20,12 +21,14 @@ from engine.bundle import file_sha256
 from engine.manifest import (
     Chords,
     Clap,
+    Distilled,
     Grid,
     Latent,
     Level,
     Manifest,
     Mel,
     NoiseSchedule,
+    Preset,
     Sampling,
     Vocoder,
 )
@@ -38,6 +41,13 @@ VOCODER_HOP, VOCODER_RATE = 320, 32000
 WINDOW = 48  # latent frames, 1.92 s
 SCHEDULE = NoiseSchedule(start=0.0015, end=0.0195, steps=1000)
 ALL = ("text", "audio", "context", "mixture", "grid", "chords")
+FEW: dict[str, Any] = {  # what makes the bundle a distilled one
+    "capabilities": (*ALL, "distilled"),
+    "distilled": Distilled(steps=6, listening=2.0),
+    "sampling": Sampling(
+        sampler="dpmpp_2m", steps=4, quality={"draft": Preset(sampler="distilled", steps=6)}, listening=2.0
+    ),
+}
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -126,7 +136,7 @@ class _Graph:
 
 def _shares() -> tuple[np.ndarray, np.ndarray]:
     schedule = make_schedule(SCHEDULE)
-    return np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
+    return np.sqrt(np.tile(schedule.alphas_cumprod, 2)), np.sqrt(1 - np.tile(schedule.alphas_cumprod, 2))
 
 
 def _write_unet(path: Path, capabilities: Sequence[str], prompted: bool, prediction: str) -> None:

@@ -33,6 +33,14 @@ class Song:
     swing: bool
     form: list[Section] = field(default_factory=list)  # empty: everybody plays from the first bar to the last
 
+    @property
+    def chart(self) -> str:
+        """The chords as `--chords` takes them, a cell for each bar."""
+        bars: dict[int, list[str]] = {}
+        for chord in self.chords:
+            bars.setdefault(int(chord.beat // self.beats_per_bar), []).append(chord.symbol)
+        return " | ".join(" ".join(bars[bar]) for bar in sorted(bars))
+
 
 def split_grooves(grooves: list[Groove], held_out: bool) -> list[Groove]:
     """The grooves of one side of the split."""

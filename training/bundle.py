@@ -11,7 +11,19 @@ from typing import Literal, get_args
 import torch
 
 from engine.bundle import load_bundle
-from engine.manifest import Chords, Clap, Grid, Latent, Level, Manifest, Preset, Sampling, Vocoder
+from engine.manifest import (
+    Capability,
+    Chords,
+    Clap,
+    Distilled,
+    Grid,
+    Latent,
+    Level,
+    Manifest,
+    Preset,
+    Sampling,
+    Vocoder,
+)
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
 from export.onnx_writer import Precision
@@ -19,6 +31,7 @@ from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
+from training.distill import LISTENING, STEPS
 from training.from_bundle import read_unet
 from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
@@ -59,7 +72,7 @@ def main() -> None:
         "--runs",
         type=Path,
         required=True,
-        help="with vae/, towers/, harmony/ and unet/",
+        help="with vae/, towers/, harmony/ and unet/, and distilled/ where there is one",
     )
     parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
@@ -76,13 +89,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    runs = {name: args.runs / name for name in ("vae", "towers", "harmony", "unet")}
-    runs = {name: run for name, run in runs.items() if run.exists() or name != "harmony"}
+    runs = {name: args.runs / name for name in ("vae", "towers", "unet")}
+    runs |= {name: args.runs / name for name in ("harmony", "distilled") if (args.runs / name).exists()}
+    if args.keep and "distilled" in runs:
+        parser.error("--keep changes the UNet that runs/distilled was taught by: distil after it")
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
-    unet = load_ema(runs["unet"], StemUNet(sizes))
+    distilled = None
+    if "distilled" in runs:
+        distilled = Distilled(steps=STEPS, listening=LISTENING)
+        sizes = replace(sizes, distilled=SCHEDULE.steps)
+    unet = load_ema(runs["distilled" if distilled else "unet"], StemUNet(sizes))
     kept = {}
     if args.keep:
         shipped = load_bundle()
@@ -93,6 +112,12 @@ def main() -> None:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
     presets: dict[Literal["draft", "best"], int | None]
     presets = {"draft": args.draft_steps, "best": args.best_steps}
+    quality = {name: Preset(sampler=args.sampler, steps=n) for name, n in presets.items() if n}
+    if distilled and not args.draft_steps:
+        quality["draft"] = Preset(sampler="distilled", steps=distilled.steps)
+    capabilities: tuple[Capability, ...] = ("text", "audio", "context", "mixture", "grid", "chords")
+    if distilled:
+        capabilities = (*capabilities, "distilled")
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -109,12 +134,13 @@ def main() -> None:
         sampling=Sampling(
             sampler=args.sampler,
             steps=args.steps,
-            quality={name: Preset(sampler=args.sampler, steps=n) for name, n in presets.items() if n},
+            quality=quality,
             guidance=args.guidance,
             listening=args.listening,
         ),
         window_frames=WINDOW,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords"),
+        capabilities=capabilities,
+        distilled=distilled,
         film_dim=towers.config.embedding,
         film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),

@@ -172,7 +172,7 @@ def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
 
     Tones that the bundle's latents lack are not read, and what writes them is untrained.
     """
-    sizes = StemUNetConfig(**bundle.manifest.networks["unet"])
+    sizes = replace(StemUNetConfig(**bundle.manifest.networks["unet"]), distilled=0)
     weights = read_weights(bundle.path("unet.onnx"))
     more = 0 if tones is None else tones - sizes.tones
     unet = StemUNet(replace(sizes, channels=sizes.channels + more, tones=sizes.tones + more))

@@ -1,15 +1,18 @@
-"""python -m training.makeup: how much quieter than true stems the fills of a bundle are; writes it there.
+"""python -m training.makeup: how much quieter than true stems a bundle plays; writes it there.
 
 A log mel is guessed at its median, which is below the mean of magnitudes wherever the model is unsure. The
 median over windows of held-out songs that no test uses goes into the manifest, and the engine makes up for
-it. `--listening` gives the bundle another default of how much `fill` is guided by what it hears, under which
+it: what fills lack, and what bands do that are made up from nothing, half of them told a tempo and chords.
+`--listening` gives the bundle another default of how much `fill` is guided by what it hears, under which
 it is then measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,13 +22,14 @@ from engine.errors import BacklineError
 from engine.manifest import Manifest
 from engine.model import Model
 from engine.take import Settings
-from engine.tasks import fill
+from engine.tasks import fill, generate
 from training.held_out import RATE, Window, held_out_windows
 from training.metrics import rms_db
 from training.stems import STEMS
 
 FIRST_SEED = 1_600_000  # validation while training uses those from 1,000,000, the tests those from 2,000,000
 SAMPLES = 10 * RATE
+HEADROOM = 20.0  # dB
 
 
 def too_quiet(model: Model, windows: list[Window]) -> dict[str, float]:
@@ -42,6 +46,25 @@ def too_quiet(model: Model, windows: list[Window]) -> dict[str, float]:
     return found
 
 
+def too_quiet_alone(model: Model, windows: list[Window]) -> dict[str, float]:
+    """The same of bands that are made up from nothing, without makeup, against these windows' true stems.
+
+    They are played HEADROOM dB quieter, so that the engine has nothing to bring within full scale.
+    """
+    quiet = copy.copy(model)
+    quiet.manifest = with_levels(model.manifest, alone_db=dict.fromkeys(STEMS, -HEADROOM))
+    differences: dict[str, list[float]] = {stem: [] for stem in STEMS}
+    for number, window in enumerate(tqdm(windows, desc="bands", mininterval=5)):
+        told: dict[str, Any] = {}
+        if number % 2 and model.supports("chords"):
+            told = {"bpm": window.song.bpm, "chords": window.song.chart}
+        made = generate(quiet, seconds=SAMPLES / RATE, settings=Settings(seed=window.seed), **told)
+        for i, stem in enumerate(STEMS):
+            truth = rms_db(window.stems[i, :SAMPLES])
+            differences[stem].append(truth - rms_db(made.stems[stem].samples[0]))
+    return {stem: float(np.median(values)) - HEADROOM for stem, values in differences.items()}
+
+
 def retuned(manifest: Manifest, listening: float | None, version: str | None) -> Manifest:
     """The manifest with another default listening and version, where they are given."""
     sampling = manifest.sampling
@@ -50,14 +73,21 @@ def retuned(manifest: Manifest, listening: float | None, version: str | None) ->
     return manifest.model_copy(update={"sampling": sampling, "version": version or manifest.version})
 
 
-def made_up(manifest: Manifest, quieter: dict[str, float]) -> Manifest:
-    """The manifest with what fills are still too quiet by (dB, by stem) added to its makeup."""
+def with_levels(manifest: Manifest, **gains: dict[str, float]) -> Manifest:
+    """The manifest with other makeup_db or alone_db."""
     if manifest.level is None:
         raise BacklineError(f"The model {manifest.name} declares no level to make up for.")
-    before = manifest.level.makeup_db
+    return manifest.model_copy(update={"level": manifest.level.model_copy(update=gains)})
+
+
+def made_up(manifest: Manifest, quieter: dict[str, float], alone: dict[str, float]) -> Manifest:
+    """The manifest with what fills are still too quiet by (dB, by stem) added to its makeup, and with that of
+    bands from nothing."""
+    before = manifest.level.makeup_db if manifest.level else {}
     makeup = {stem: round(before.get(stem, 0.0) + by, 1) for stem, by in quieter.items()}
-    level = manifest.level.model_copy(update={"makeup_db": makeup})
-    return manifest.model_copy(update={"level": level})
+    return with_levels(
+        manifest, makeup_db=makeup, alone_db={stem: round(by, 1) for stem, by in alone.items()}
+    )
 
 
 def main() -> None:
@@ -73,7 +103,7 @@ def main() -> None:
     windows = held_out_windows(args.windows, args.grooves, FIRST_SEED)
     model = Model.open(args.bundle, "cpu")
     model.manifest = retuned(model.manifest, args.listening, args.version)
-    manifest = made_up(model.manifest, too_quiet(model, windows))
+    manifest = made_up(model.manifest, too_quiet(model, windows), too_quiet_alone(model, windows))
     path = args.bundle / "manifest.json"
     path.write_text(manifest.model_dump_json(indent=1) + "\n")
     print(f"{path}: {manifest.level}")

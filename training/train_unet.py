@@ -153,15 +153,19 @@ def error_metric(decoder: Decoder, deviation: torch.Tensor, mels: torch.Tensor) 
 
 
 def make_batch(
-    windows: Windows, frozen: Frozen, rng: np.random.Generator, favoured: int | None = None
+    windows: Windows,
+    frozen: Frozen,
+    rng: np.random.Generator,
+    favoured: int | None = None,
+    shares: dict[str, float] = SHARES,
 ) -> Batch:
-    """Encodes a batch of windows and draws a task and conditions for each.
+    """Encodes a batch of windows and draws a task, in these shares, and conditions for each.
 
     favoured: number of a stem that three of four fills ask for, and whose errors weigh FAVOUR times as much.
     """
     batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
-    shares = SHARES if favoured is None else FAVOURING
+    shares = shares if favoured is None else FAVOURING
     tasks = draw_tasks(batch, length, shares, rng, favoured)
     mixture_mel = windows.mixture.clone()
     parts = torch.from_numpy(tasks.mixed.any(1) & ~tasks.mixed.all(1))
@@ -278,10 +282,16 @@ class BatchStream(IterableDataset[Batch]):
     """Endless training batches, for loader processes beside the training one."""
 
     def __init__(
-        self, data: Path, frozen: Frozen, batch: int, seed: int, favoured: int | None = None
+        self,
+        data: Path,
+        frozen: Frozen,
+        batch: int,
+        seed: int,
+        favoured: int | None = None,
+        shares: dict[str, float] = SHARES,
     ) -> None:
         self.data, self.frozen, self.batch, self.seed = data, frozen, batch, seed
-        self.favoured = favoured
+        self.favoured, self.shares = favoured, shares
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -295,7 +305,7 @@ class BatchStream(IterableDataset[Batch]):
                 # half windows cost half, so most steps see twice as many songs
                 parts = 2 if rng.random() < SHORT_SHARE else 1
                 windows = draw(songs, self.batch * parts, rng, frames=FRAMES // parts)
-                yield make_batch(windows, self.frozen, rng, self.favoured)
+                yield make_batch(windows, self.frozen, rng, self.favoured, self.shares)
 
 
 def main() -> None:

@@ -62,21 +62,13 @@ def measure(model: Model, held: list[Held], data: Path | None, tick: Tick) -> li
     return [*figures, *_frechet(model, bands), _novelty(bands, data)]
 
 
-def chart_text(song: Song) -> str:
-    """The song's chords as `--chords` takes them, a cell for each bar."""
-    bars: dict[int, list[str]] = {}
-    for chord in song.chords:
-        bars.setdefault(int(chord.beat // song.beats_per_bar), []).append(chord.symbol)
-    return " | ".join(" ".join(bars[bar]) for bar in sorted(bars))
-
-
 def told(model: Model, song: Song) -> dict[str, Any]:
     """What of the song this model can be told."""
     known: dict[str, Any] = {}
     if model.supports("grid") or model.supports("chords"):
         known |= {"bpm": song.bpm, "beats_per_bar": round(song.beats_per_bar)}
     if model.supports("chords"):
-        known["chords"] = chart_text(song)
+        known["chords"] = song.chart
     return known
 
 

@@ -1,0 +1,192 @@
+"""Distillation: long steps that arrive where several guided ones do, beside a UNet that stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine.denoisers import guided as guided_in_numpy
+from engine.samplers import sample_distilled, sample_dpmpp_2m
+from engine.schedule import make_schedule
+from export.stem_unet import StemUNet, StemUNetConfig
+from training import distill
+from training.distill import STEPS, SUBSTEPS, Lesson, distillation_loss, make_lesson, make_table, solve
+from training.stems import STEMS
+from training.train_unet import SCHEDULE, Batch
+
+S, Z, T, TONES = len(STEMS), 5 + 12, 14, 12
+SIZES = StemUNetConfig(
+    channels=Z, film=8, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16,
+    tones=TONES, harmony=16, harmony_blocks=1, adapter=8,
+)  # fmt: skip
+ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
+METRIC = torch.eye(Z).repeat(S, 1, 1)
+
+
+def random(module: StemUNet) -> StemUNet:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Two fills of the bass, and a band made up from nothing."""
+    torch.manual_seed(1)
+    latents = torch.randn(3, S, Z, T, 1)
+    mask = torch.ones(3, S, T)
+    mask[:, 0] = 0
+    mask[2] = 0
+    inputs = {
+        "film": torch.randn(3, 8),
+        "context": latents * mask[:, :, None, :, None],
+        "context_mask": mask,
+        "mixture": torch.zeros(3, Z, T, 1),
+        "mixture_mask": torch.zeros(3, T),
+        "mixture_stems": torch.zeros(3, S),
+        "grid": torch.randn(3, T, 6),
+        "chords": torch.randn(3, T, 25),
+    }
+    silent = torch.zeros(3, dtype=torch.bool)
+    return Batch(latents, inputs, torch.ones(3, S, T), silent, torch.zeros(0), torch.zeros(0))
+
+
+def student_of(teacher: StemUNet) -> StemUNet:
+    student = StemUNet(replace(SIZES, distilled=SCHEDULE.steps))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.requires_grad_(False)
+    student.distilled.requires_grad_(True)
+    return student
+
+
+def test_long_steps_are_every_third_of_the_teachers() -> None:
+    few, many = make_table(STEPS), make_table(STEPS * SUBSTEPS)
+    assert torch.equal(few.timesteps, many.timesteps[::SUBSTEPS])
+    assert few.timesteps[0] == SCHEDULE.steps - 1 and few.timesteps[-1] > 0
+
+
+def test_the_solver_is_the_engines() -> None:
+    table, schedule = make_table(11), make_schedule(SCHEDULE)
+    weights = np.random.default_rng(0).normal(0, 1, SCHEDULE.steps)
+    x = torch.randn(2, S, 3, 4, 1)
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x * torch.from_numpy(weights).float()[t][:, None, None, None, None])
+
+    seen = []
+
+    def denoise(x: np.ndarray, t: int) -> np.ndarray:
+        seen.append(x)
+        return np.tanh(x * np.float32(weights[t]))
+
+    sample_dpmpp_2m(denoise, x.numpy(), schedule, steps=12)
+    for count in range(table.steps):
+        mine = solve(predict, x, table, torch.zeros(2, dtype=torch.int64), count) * table.alpha[count]
+        assert np.allclose(mine.numpy(), seen[count], atol=1e-4)
+    first = solve(predict, x, table, torch.zeros(2, dtype=torch.int64), 3)
+    apart = torch.stack([solve(predict, x, table, torch.tensor([0, 5]), 3)[0], first[0]])
+    assert torch.allclose(apart[0], apart[1], atol=1e-5), "each sample has its own place"
+
+
+def test_fills_are_guided_as_the_engine_does_and_what_is_known_stays(batch: Batch) -> None:
+    teacher = random(StemUNet(SIZES))
+    x, t = torch.randn(3, S, Z, T, 1), torch.full((3,), 600)
+    found = distill.guided(teacher, batch, ALPHAS)(x, t)
+    nothing = {k: torch.zeros_like(v) if k != "film" else v for k, v in batch.inputs.items()}
+    told, untold = (
+        distill.clean_from(teacher, x, t, ALPHAS, inputs).numpy() for inputs in (batch.inputs, nothing)
+    )
+    wanted = guided_in_numpy(lambda x, t: told, lambda x, t: untold, distill.LISTENING, rescale=1.0)(
+        x.numpy(), 600
+    )
+    assert np.allclose(found[:2, 0], wanted[:2, 0], atol=1e-4)
+    assert torch.equal(found[:2, 1:], batch.inputs["context"][:2, 1:])
+    assert np.allclose(found[2], told[2], atol=1e-4), "a band from nothing has nothing to weigh"
+
+
+def test_a_lessons_long_step_arrives_where_the_teacher_does(batch: Batch) -> None:
+    teacher = random(StemUNet(SIZES))
+    start = torch.tensor([0, 1, STEPS - 1])
+    lesson = make_lesson(teacher, batch, start, ALPHAS)
+    table = make_table(STEPS * SUBSTEPS)
+    assert torch.equal(lesson.t, table.timesteps[start * SUBSTEPS])
+    arrived = solve(distill.guided(teacher, batch, ALPHAS), lesson.x, table, start * SUBSTEPS, SUBSTEPS)
+    a, s = (distill.wide(x[lesson.t].sqrt()) for x in (ALPHAS, 1 - ALPHAS))
+    clean = a * lesson.x - s * lesson.v
+    few = make_table(STEPS)
+    ratio = torch.cat([few.sigma, torch.zeros(1)])[start + 1] / few.sigma[start]
+    landed = distill.wide(ratio) * lesson.x / a + distill.wide(1 - ratio) * clean
+    assert torch.allclose(landed, arrived, atol=1e-3)
+    assert torch.allclose(landed[2], clean[2], atol=1e-4), "the last step is to clean"
+
+
+def test_a_student_that_knows_its_lessons_samples_as_they_say(batch: Batch) -> None:
+    """Four long steps with the lessons' predictions are the teacher's twelve."""
+    teacher = random(StemUNet(SIZES))
+    noise = torch.randn(3, S, Z, T, 1)
+    table, predict = make_table(STEPS * SUBSTEPS), distill.guided(teacher, batch, ALPHAS)
+    x = noise
+    for i in range(STEPS):
+        place = torch.full((3,), i * SUBSTEPS)
+        x = solve(predict, x, table, place, SUBSTEPS)
+        x = x * table.alpha[(i + 1) * SUBSTEPS] if i + 1 < STEPS else x
+
+    def knows(x: np.ndarray, t: int) -> np.ndarray:
+        place = torch.full((3,), int((table.timesteps == t).nonzero()))
+        arrived = solve(predict, torch.from_numpy(x), table, place, SUBSTEPS)
+        sigmas = torch.cat([table.sigma, torch.zeros(1)])
+        ratio = sigmas[place + SUBSTEPS] / sigmas[place]
+        scaled = torch.from_numpy(x) / distill.wide(table.alpha[place])
+        return ((arrived - distill.wide(ratio) * scaled) / distill.wide(1 - ratio)).numpy()
+
+    found = sample_distilled(knows, noise.numpy(), make_schedule(SCHEDULE), steps=STEPS)
+    assert np.allclose(found, x.numpy(), atol=1e-3)
+
+
+def test_only_what_is_new_learns_and_it_learns(batch: Batch) -> None:
+    teacher = random(StemUNet(SIZES))
+    student = student_of(teacher)
+    lesson = make_lesson(teacher, batch, torch.tensor([0, 1, 2]), ALPHAS)
+    optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], 0.02)
+    before = distillation_loss(student, lesson, METRIC).item()
+    for _ in range(60):
+        loss = distillation_loss(student, lesson, METRIC)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert distillation_loss(student, lesson, METRIC).item() < 0.5 * before
+    x, t = lesson.x, torch.tensor([3, 500, 999])
+    assert torch.equal(student(x, t, **batch.inputs), teacher(x, t, **batch.inputs))
+
+
+def test_neither_what_is_known_nor_the_tones_count(batch: Batch) -> None:
+    student = student_of(random(StemUNet(SIZES)))
+    lesson = make_lesson(random(StemUNet(SIZES)), batch, torch.tensor([0, 1, 2]), ALPHAS)
+    loss = distillation_loss(student, lesson, METRIC)
+    for other in (
+        replace_v(lesson, (slice(0, 2), slice(1, None))),
+        replace_v(lesson, (slice(None), slice(None), slice(Z - TONES, None))),
+    ):
+        assert torch.equal(distillation_loss(student, other, METRIC), loss)
+    assert distillation_loss(student, replace_v(lesson, (0, 0, 0)), METRIC) > loss
+
+
+def replace_v(lesson: Lesson, where: tuple) -> Lesson:
+    v = lesson.v.clone()
+    v[where] += 30
+    return replace(lesson, v=v)
+
+
+def test_comparing_from_the_same_noise(batch: Batch) -> None:
+    teacher = random(StemUNet(SIZES))
+    torch.manual_seed(4)
+    found = distill.compare(student_of(teacher).eval(), teacher, batch, ALPHAS)
+    assert set(found) == {"apart_distilled", "apart_euler", "apart_plain"}
+    assert all(0 < value < 10 for value in found.values())
+    assert isinstance(teacher.harmony, nn.Module)
