@@ -91,7 +91,7 @@ def worth(model: Model, windows: list[Window]) -> dict[str, Any]:
 
 def measure(bundle: Path, run: Path | None, windows: list[Window], folder: Path) -> dict[str, Any]:
     """A row per variant: size, error, seconds a step (in turns), worth; distance_db: of fills to fp32's."""
-    unet = read_unet(load_bundle(bundle))
+    unet = read_unet(load_bundle(bundle), distilled=True)
     if run is not None:
         unet = load_ema(run, unet)
     rows: dict[str, dict[str, Any]] = {}

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from bench.machine import describe_machine
+from bench.quality.pitch import beat_one
+from bench.quality.playing import grid_of, heard_f1
 from engine.audio import Audio
 from engine.features import log_mel
 from engine.model import Model
@@ -62,21 +64,43 @@ def distance(model: Model, made: list[Array], reference: list[Array]) -> float:
 def curve(
     model: Model, windows: list[Window], samplers: list[str], steps: list[int], reference: int
 ) -> list[dict[str, Any]]:
-    """A row per sampler and number of steps, means over stems; distance: to `reference` steps of it."""
+    """A row per sampler and number of steps, means over stems; distance: to `reference` steps of it.
+
+    The distilled steps of a bundle that has them stand last, against the first sampler's `reference`.
+    """
     rows = []
+    bests = {}
     for sampler in samplers:
-        best = {s: fill_row(model, windows, s, {"sampler": sampler, "steps": reference}) for s in STEMS}
+        best = bests[sampler] = _filled(model, windows, sampler, reference)
         for count in [*steps, reference]:
-            settings = {"sampler": sampler, "steps": count}
-            found = best if count == reference else {s: fill_row(model, windows, s, settings) for s in STEMS}
-            row: dict[str, Any] = {"sampler": sampler, "steps": count}
-            row |= {k: float(np.mean([found[s][k] for s in STEMS])) for k in ("own", "aligned", "seconds")}
-            row["distance_db"] = float(
-                np.mean([distance(model, found[s]["made"], best[s]["made"]) for s in STEMS])
-            )
-            rows.append(row)
-            print(row, flush=True)
+            found = best if count == reference else _filled(model, windows, sampler, count)
+            rows.append({"sampler": sampler, "steps": count} | _summary(model, windows, found, best))
+            print(rows[-1], flush=True)
+    if model.manifest.distilled is not None:
+        count = model.manifest.distilled.steps
+        found = _filled(model, windows, "distilled", count)
+        best = bests[samplers[0]]
+        rows.append({"sampler": "distilled", "steps": count} | _summary(model, windows, found, best))
+        print(rows[-1], flush=True)
     return rows
+
+
+def _filled(model: Model, windows: list[Window], sampler: str, steps: int) -> dict[str, dict[str, Any]]:
+    return {stem: fill_row(model, windows, stem, {"sampler": sampler, "steps": steps}) for stem in STEMS}
+
+
+def _summary(
+    model: Model, windows: list[Window], found: dict[str, dict[str, Any]], best: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    row = {k: float(np.mean([found[s][k] for s in STEMS])) for k in ("own", "aligned", "seconds")}
+    pairs = list(zip(found["drums"]["made"], windows, strict=True))
+    row["beat_f1"] = float(
+        np.mean([heard_f1(made, 60 / w.beat, grid_of(w, FILL_SECONDS)) for made, w in pairs])
+    )
+    pairs = list(zip(found["bass"]["made"], windows, strict=True))
+    row["chord_tone"] = float(np.mean([beat_one(made, w.song, w.start)[1] for made, w in pairs]))
+    row["distance_db"] = float(np.mean([distance(model, found[s]["made"], best[s]["made"]) for s in STEMS]))
+    return row
 
 
 def split_curve(model: Model, windows: list[Window], steps: list[int]) -> list[dict[str, Any]]:
@@ -108,11 +132,12 @@ def markdown(report: dict[str, Any]) -> str:
         "## fill, means over stems",
         "",
     ]
-    lines += ["| sampler | steps | own | aligned | distance to most steps, dB | s a window |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["| sampler | steps | own | aligned | beat F1, drums | chord tone on beat 1, bass "]
+    lines[-1] += "| distance to most steps, dB | s a window |"
+    lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['sampler']} | {r['steps']} | {r['own']:.3f} | {r['aligned']:.3f} | {r['distance_db']:.2f} "
-        f"| {r['seconds']:.2f} |"
+        f"| {r['sampler']} | {r['steps']} | {r['own']:.3f} | {r['aligned']:.3f} | {r['beat_f1']:.3f} "
+        f"| {r['chord_tone']:.3f} | {r['distance_db']:.2f} | {r['seconds']:.2f} |"
         for r in report["fill"]
     ]
     lines += ["", "## split by masks", "", "| steps | SI-SDRi, dB | s a window |", "|---|---|---|"]

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from engine.denoisers import guided as guided_in_numpy
+from engine.manifest import Preset, Sampling
 from engine.samplers import sample_distilled, sample_dpmpp_2m
 from engine.schedule import make_schedule
 from export.stem_unet import StemUNet, StemUNetConfig
 from training import distill
+from training.bundle import with_distilled
 from training.distill import STEPS, SUBSTEPS, Lesson, distillation_loss, make_lesson, make_table, solve
 from training.stems import STEMS
 from training.train_unet import SCHEDULE, Batch
@@ -190,3 +192,19 @@ def test_comparing_from_the_same_noise(batch: Batch) -> None:
     assert set(found) == {"apart_distilled", "apart_euler", "apart_plain"}
     assert all(0 < value < 10 for value in found.values())
     assert isinstance(teacher.harmony, nn.Module)
+
+
+def test_which_qualities_are_sampled_in_distilled_steps() -> None:
+    plain = Sampling(sampler="dpmpp_2m", steps=12, listening=1.5)
+    draft = with_distilled(plain, 4, normal=False)
+    assert [draft.preset(q, 1000) for q in ("draft", "normal")] == [
+        Preset(sampler="distilled", steps=4),
+        Preset(sampler="dpmpp_2m", steps=12),
+    ]
+    normal = with_distilled(plain, 4, normal=True)
+    assert (
+        normal.preset("draft", 1000) == normal.preset("normal", 1000) == Preset(sampler="distilled", steps=4)
+    )
+    assert normal.preset("best", 1000) == Preset(sampler="dpmpp_2m", steps=12) and normal.listening == 1.5
+    given = plain.model_copy(update={"quality": {"best": Preset(sampler="dpmpp_2m", steps=32)}})
+    assert with_distilled(given, 4, normal=True).preset("best", 1000).steps == 32

@@ -41,7 +41,8 @@ from training.train_unet import SCHEDULE, STATISTICS, freeze, unet_config
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
     "generated chord charts, rendered with FluidR3, MuseScore General, OPL3-FM, parts of Merlin, sampled "
-    "instruments from npm, Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was held out."
+    "instruments from npm, freepats, Hydrogen drum kits and our own synthesis; see docs/data.md. TimGM6mb was "
+    "held out."
 )
 POWER = 0.65  # of masks that the UNet's mels make: softer than a Wiener filter's, as its estimates are
 CONTEXT_DB = MIXTURE_DB - 1.5  # a band without one of its stems
@@ -65,6 +66,16 @@ def blend(network: Network, other: Network, share: float) -> Network:
     return network
 
 
+def with_distilled(sampling: Sampling, steps: int, normal: bool) -> Sampling:
+    """Drafts in distilled steps, or with `normal` all but `best`, which is what was normal if not given."""
+    few = Preset(sampler="distilled", steps=steps)
+    best = Preset(sampler=sampling.sampler, steps=sampling.steps)
+    if not normal:
+        return sampling.model_copy(update={"quality": sampling.quality | {"draft": few}})
+    quality = {"best": best} | sampling.quality | {"draft": few}
+    return sampling.model_copy(update={"sampler": few.sampler, "steps": few.steps, "quality": quality})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ of training.render")
@@ -81,6 +92,12 @@ def main() -> None:
     parser.add_argument("--draft-steps", type=int, help="for --quality draft; half of --steps if not given")
     parser.add_argument("--best-steps", type=int, help="for --quality best; twice --steps if not given")
     parser.add_argument("--sampler", default="dpmpp_2m", help="default of the jobs (%(default)s)")
+    parser.add_argument(
+        "--distilled-for",
+        choices=("draft", "normal"),
+        default="draft",
+        help="up to which quality distilled steps are taken, where there are any (%(default)s)",
+    )
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
     parser.add_argument("--harmony-guidance", type=float, default=3.0, help="of the tones (%(default)s)")
@@ -112,11 +129,16 @@ def main() -> None:
         vocoder = load_ema(args.vocoder, Vocos(VocosConfig(mels=GEOMETRY.n_mels)))
     presets: dict[Literal["draft", "best"], int | None]
     presets = {"draft": args.draft_steps, "best": args.best_steps}
-    quality = {name: Preset(sampler=args.sampler, steps=n) for name, n in presets.items() if n}
-    if distilled and not args.draft_steps:
-        quality["draft"] = Preset(sampler="distilled", steps=distilled.steps)
+    sampling = Sampling(
+        sampler=args.sampler,
+        steps=args.steps,
+        quality={name: Preset(sampler=args.sampler, steps=n) for name, n in presets.items() if n},
+        guidance=args.guidance,
+        listening=args.listening,
+    )
     capabilities: tuple[Capability, ...] = ("text", "audio", "context", "mixture", "grid", "chords")
     if distilled:
+        sampling = with_distilled(sampling, distilled.steps, args.distilled_for == "normal")
         capabilities = (*capabilities, "distilled")
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
@@ -131,13 +153,7 @@ def main() -> None:
         vocoder=Vocoder(sample_rate=GEOMETRY.sample_rate, hop=GEOMETRY.hop, trim=0),
         schedule=SCHEDULE,
         prediction="v",
-        sampling=Sampling(
-            sampler=args.sampler,
-            steps=args.steps,
-            quality=quality,
-            guidance=args.guidance,
-            listening=args.listening,
-        ),
+        sampling=sampling,
         window_frames=WINDOW,
         capabilities=capabilities,
         distilled=distilled,

@@ -167,12 +167,14 @@ def read_towers(bundle: Bundle) -> CaptionTowers:
     return towers
 
 
-def read_unet(bundle: Bundle, tones: int | None = None) -> StemUNet:
+def read_unet(bundle: Bundle, tones: int | None = None, *, distilled: bool = False) -> StemUNet:
     """The UNet, for latents with so many tones, the bundle's own where none are given.
 
-    Tones that the bundle's latents lack are not read, and what writes them is untrained.
+    Tones that the bundle's latents lack are not read, and what writes them is untrained. distilled: with what
+    it has for that, too, which another training of the rest makes worthless.
     """
-    sizes = replace(StemUNetConfig(**bundle.manifest.networks["unet"]), distilled=0)
+    sizes = StemUNetConfig(**bundle.manifest.networks["unet"])
+    sizes = sizes if distilled else replace(sizes, distilled=0)
     weights = read_weights(bundle.path("unet.onnx"))
     more = 0 if tones is None else tones - sizes.tones
     unet = StemUNet(replace(sizes, channels=sizes.channels + more, tones=sizes.tones + more))
