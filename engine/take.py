@@ -55,31 +55,39 @@ class Take:
         return Audio(total, parts[0].sample_rate)
 
 
-def resolve(settings: Settings, manifest: Manifest) -> Settings:
-    """Every None filled in from the manifest. Raises UsageError for values out of range."""
+def resolve(settings: Settings, manifest: Manifest, *, listening: float | None = None) -> Settings:
+    """Every None filled in from the manifest, that of the listening with `listening` where it is given.
+
+    Where a quality stands for distilled steps and the settings ask for other steps or a listening, `best` is
+    sampled. Raises UsageError for values out of range.
+    """
     defaults = manifest.sampling
     quality = settings.quality or "normal"
     if quality not in get_args(Quality):
         raise UsageError(f"There is no quality {quality!r}: choose {', '.join(get_args(Quality))}.")
     preset = defaults.preset(quality, manifest.schedule.steps)
+    otherwise = settings.steps not in (None, preset.steps) or settings.listening is not None
+    if settings.sampler is None and preset.sampler == "distilled" and otherwise:
+        preset = defaults.preset("best", manifest.schedule.steps)
     steps = preset.steps if settings.steps is None else settings.steps
     sampler = preset.sampler if settings.sampler is None else settings.sampler
     guidance = defaults.guidance if settings.guidance is None else settings.guidance
-    listening = defaults.listening if settings.listening is None else settings.listening
+    weight = defaults.listening if listening is None else listening
+    weight = weight if settings.listening is None else settings.listening
     eta = defaults.eta if settings.eta is None else settings.eta
     if not 0 <= settings.seed < 1 << 63:
         raise UsageError(f"The seed must be 0 or more and below 2^63, not {settings.seed}.")
     if sampler not in SAMPLERS:
         raise UsageError(f"There is no sampler {sampler!r}: choose {', '.join(SAMPLERS)}.")
     if sampler == "distilled":
-        steps, listening = _distilled(settings, manifest), 1.0
+        steps, weight = _distilled(settings, manifest), 1.0
     if not 1 <= steps <= manifest.schedule.steps:
         raise UsageError(f"The number of steps must be 1 to {manifest.schedule.steps}, not {steps}.")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be 0 to 1, not {eta}.")
-    for name, weight in (("guidance", guidance), ("listening", listening)):
-        if not (np.isfinite(weight) and weight >= 0):
-            raise UsageError(f"The {name} must be 0 or more, not {weight}.")
+    for name, value in (("guidance", guidance), ("listening", weight)):
+        if not (np.isfinite(value) and value >= 0):
+            raise UsageError(f"The {name} must be 0 or more, not {value}.")
     if not (np.isfinite(settings.gamma) and settings.gamma > 0):
         raise UsageError(f"gamma must be above 0, not {settings.gamma}.")
     return replace(
@@ -87,7 +95,7 @@ def resolve(settings: Settings, manifest: Manifest) -> Settings:
         steps=steps,
         sampler=sampler,
         guidance=guidance,
-        listening=listening,
+        listening=weight,
         eta=eta,
         quality=quality,
     )

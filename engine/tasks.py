@@ -62,10 +62,8 @@ def generate(
     alone and are sampled together. callback(phase, fraction of the job) raises to cancel.
     Raises UsageError for a request that the model cannot meet.
     """
-    settings = settings or Settings()
-    if settings.listening is None:  # the bundle's is that of fill; what is told is kept without more weight
-        settings = replace(settings, listening=1.0)
-    settings = resolve(settings, model.manifest)
+    # the bundle's listening is that of fill; what is told is kept without more weight
+    settings = resolve(settings or Settings(), model.manifest, listening=1.0)
     _check_length(seconds)
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     started = time.perf_counter()

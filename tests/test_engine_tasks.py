@@ -378,6 +378,27 @@ def test_distilled_sampling_is_had_as_it_was_taught(
         tasks.fill(few_model, without("bass"), ["bass"], settings=settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "steps", "passes"),
+    [({"steps": 5}, 5, 2), ({"listening": 3.0}, 8, 2), ({"listening": 1.0}, 8, 1), ({"steps": 6}, 6, 1)],
+)
+def test_other_steps_or_a_listening_are_sampled_as_the_best_is(
+    few_model: Model, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], steps: int, passes: int
+) -> None:
+    calls: list[int] = []
+    real = windows.sample_on_device
+    monkeypatch.setattr(
+        windows,
+        "sample_on_device",
+        lambda model, x, passes, **kwargs: (calls.append(len(passes)), real(model, x, passes, **kwargs))[1],
+    )
+    take = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(quality="draft", **change))
+    assert take.record["settings"]["sampler"] == ("distilled" if steps == 6 else "dpmpp_2m")
+    assert take.record["settings"]["steps"] == steps and calls == [passes]
+    again = Settings(**take.record["settings"])
+    assert content(tasks.fill(few_model, without("bass"), ["bass"], settings=again)) == content(take)
+
+
 @pytest.mark.parametrize("method", ["mask", "dirac"])
 def test_a_mix_is_not_taken_apart_in_distilled_steps(few_model: Model, method: Method) -> None:
     take = tasks.split(few_model, tone(), method=method, settings=Settings(quality="draft"))
