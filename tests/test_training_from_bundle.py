@@ -80,17 +80,18 @@ def test_a_unet_for_more_tones_reads_nothing_of_them(monkeypatch: pytest.MonkeyP
     assert torch.allclose(found[:, :, :5], expected, atol=1e-5)
 
 
-def test_the_unet_computes_what_the_bundles_does() -> None:
+@pytest.mark.parametrize(("distilled", "timestep"), [(False, 300), (True, 300), (True, 1300)])
+def test_the_unet_computes_what_the_bundles_does(distilled: bool, timestep: int) -> None:
     bundle = load_bundle()
-    unet = read_unet(bundle).eval()
+    unet = read_unet(bundle, distilled=distilled).eval()
     generator = np.random.default_rng(0)
     session = ort.InferenceSession(str(bundle.path("unet.onnx")))
     shapes = unet_shapes(bundle.manifest.latent.channels)
     inputs = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    expected = session.run(None, inputs | {"timestep": np.array([300])})[0]
+    expected = session.run(None, inputs | {"timestep": np.array([timestep])})[0]
     with torch.no_grad():
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        found = unet(timestep=torch.tensor([300]), **given).numpy()
+        found = unet(timestep=torch.tensor([timestep]), **given).numpy()
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
 
 
