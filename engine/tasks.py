@@ -38,6 +38,7 @@ HEARD = ("context", "context_mask", "mixture", "mixture_mask", "mixture_stems", 
 MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
 ATTEMPTS, RESTING_DB = 3, 40.0
 FULL_SCALE = 0.99
+PEAK_BLOCK = 1 << 18  # samples looked at together
 NEXT_SEED = 1 << 32  # past the seeds that users type
 
 
@@ -462,7 +463,10 @@ def _makeup(manifest: Manifest, stems: Sequence[str], *, alone: bool = False) ->
 
 def _unclipped(stems: FloatArray) -> np.float32:
     """The factor, at most 1, that keeps every stem (S, n) and their sum within full scale."""
-    peak = max(float(np.abs(stems).max()), float(np.abs(stems.sum(axis=0)).max()))
+    peak = 0.0
+    for start in range(0, stems.shape[1], PEAK_BLOCK):  # a take may be half an hour long
+        block = stems[:, start : start + PEAK_BLOCK]
+        peak = max(peak, float(np.abs(block).max()), float(np.abs(block.sum(axis=0)).max()))
     return np.float32(min(1.0, FULL_SCALE / max(peak, 1e-9)))
 
 

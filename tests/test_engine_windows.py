@@ -84,10 +84,10 @@ def test_a_window_knows_the_end_of_the_one_before(
     heard: list[dict[str, np.ndarray]] = []
     inputs: list[list[tuple[np.ndarray, int]]] = []
 
-    def denoiser(conditions: Any) -> Any:
+    def denoiser(conditions: Any, **kwargs: Any) -> Any:
         heard.append(dict(conditions))
         inputs.append([])
-        denoise, seen = real(conditions), inputs[-1]
+        denoise, seen = real(conditions, **kwargs), inputs[-1]
 
         def watched(x: np.ndarray, t: int) -> np.ndarray:
             seen.append((x.copy(), t))
