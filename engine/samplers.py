@@ -18,7 +18,6 @@ from engine.schedule import Schedule, distilled_timesteps, karras_timesteps, tim
 FloatArray = NDArray[np.float32]
 Denoiser = Callable[[FloatArray, int], FloatArray]
 StepCallback = Callable[[int, int], None]
-LAST_UPDATE = [0.0, 1.0, 0.0, 0.0]  # see `linear_steps`: the clean prediction and nothing else
 
 
 def sample_ddim(
@@ -101,7 +100,19 @@ def sample_euler(
     eta > 0 makes it ancestral: a share of each step's noise is drawn anew from `rng`. The last step goes
     to sigma = 0, where Euler's step is the prediction itself.
     """
-    path = [int(t) for t in karras_timesteps(schedule, steps)[::-1]]
+    return _euler(denoise, x, schedule, karras_timesteps(schedule, steps), eta, rng, callback)
+
+
+def _euler(
+    denoise: Denoiser,
+    x: FloatArray,
+    schedule: Schedule,
+    rising: NDArray[np.int64],
+    eta: float = 0.0,
+    rng: np.random.Generator | None = None,
+    callback: StepCallback | None = None,
+) -> FloatArray:
+    path = [int(t) for t in rising[::-1]]
     scaled = x / schedule.alpha(path[0])
     report(callback, 0, len(path))
     for i, (t, after) in enumerate(pairwise(path)):
@@ -128,21 +139,11 @@ def sample_distilled(
     rng: np.random.Generator | None = None,
     callback: StepCallback | None = None,
 ) -> FloatArray:
-    """The long steps of a distilled model: DDIM's over Karras' levels, the last one straight to clean.
+    """The long steps of a distilled model: Euler's, which are DDIM's, with a last one straight to clean.
 
-    Deterministic, so eta is not used. With a `denoise` that was not distilled this is Euler's method with one
-    evaluation less.
+    Deterministic, so eta is not used.
     """
-    path = [int(t) for t in distilled_timesteps(schedule, steps)[::-1]]
-    report(callback, 0, len(path))
-    for i, (t, after) in enumerate(pairwise(path)):
-        clean = denoise(x, t)
-        noise = (x - schedule.alpha(t) * clean) / schedule.noise(t)
-        x = (schedule.alpha(after) * clean + schedule.noise(after) * noise).astype(np.float32, copy=False)
-        report(callback, i + 1, len(path))
-    clean = denoise(x, path[-1])
-    report(callback, len(path), len(path))
-    return clean
+    return _euler(denoise, x, schedule, distilled_timesteps(schedule, steps), callback=callback)
 
 
 def linear_steps(
@@ -156,10 +157,10 @@ def linear_steps(
     if sampler == "ddim":
         path = [int(t) for t in timesteps(schedule, steps)[::-1]]
         return path, np.array([_ddim_update(schedule, t, b, eta) for t, b in pairwise([*path, 0])])
+    rising = karras_timesteps(schedule, steps)
     if sampler == "distilled":
-        path = [int(t) for t in distilled_timesteps(schedule, steps)[::-1]]
-        return path, np.array([*(_ddim_update(schedule, t, b, 0.0) for t, b in pairwise(path)), LAST_UPDATE])
-    path = [int(t) for t in karras_timesteps(schedule, steps)[::-1]]
+        sampler, eta, rising = "euler", 0.0, distilled_timesteps(schedule, steps)
+    path = [int(t) for t in rising[::-1]]
     rows = []
     before = 0.0
     for t, after in pairwise(path):
@@ -176,7 +177,7 @@ def linear_steps(
             )
             before = h
         rows.append(schedule.alpha(after) * row)
-    return path, np.array([*rows, LAST_UPDATE])
+    return path, np.array([*rows, [0.0, 1.0, 0.0, 0.0]])
 
 
 def _ddim_update(schedule: Schedule, t: int, before: int, eta: float) -> list[float]:

@@ -122,7 +122,7 @@ def test_a_lessons_long_step_arrives_where_the_teacher_does(batch: Batch) -> Non
     a, s = (distill.wide(x[lesson.t].sqrt()) for x in (ALPHAS, 1 - ALPHAS))
     clean = a * lesson.x - s * lesson.v
     few = make_table(STEPS)
-    ratio = torch.cat([few.sigma, torch.zeros(1)])[start + 1] / few.sigma[start]
+    ratio = few.sigma[start + 1] / few.sigma[start]
     landed = distill.wide(ratio) * lesson.x / a + distill.wide(1 - ratio) * clean
     assert torch.allclose(landed, arrived, atol=1e-3)
     assert torch.allclose(landed[2], clean[2], atol=1e-4), "the last step is to clean"
@@ -142,8 +142,7 @@ def test_a_student_that_knows_its_lessons_samples_as_they_say(batch: Batch) -> N
     def knows(x: np.ndarray, t: int) -> np.ndarray:
         place = torch.full((3,), int((table.timesteps == t).nonzero()))
         arrived = solve(predict, torch.from_numpy(x), table, place, SUBSTEPS)
-        sigmas = torch.cat([table.sigma, torch.zeros(1)])
-        ratio = sigmas[place + SUBSTEPS] / sigmas[place]
+        ratio = table.sigma[place + SUBSTEPS] / table.sigma[place]
         scaled = torch.from_numpy(x) / distill.wide(table.alpha[place])
         return ((arrived - distill.wide(ratio) * scaled) / distill.wide(1 - ratio)).numpy()
 

@@ -31,7 +31,7 @@ from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
-from training.distill import LISTENING, STEPS
+from training.distill import HARMONY_GUIDANCE, LISTENING, STEPS
 from training.from_bundle import read_unet
 from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
@@ -100,7 +100,9 @@ def main() -> None:
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="default of the jobs (%(default)s)")
     parser.add_argument("--listening", type=float, default=1.0, help="default of fill (%(default)s)")
-    parser.add_argument("--harmony-guidance", type=float, default=3.0, help="of the tones (%(default)s)")
+    parser.add_argument(
+        "--harmony-guidance", type=float, default=HARMONY_GUIDANCE, help="of the tones (%(default)s)"
+    )
     parser.add_argument("--keep", type=float, default=0.0, help="share of the shipped UNet in the new one")
     parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from engine.schedule import distilled_timesteps, make_schedule
+from engine.tasks import HEARD
 from export.stem_unet import StemUNet, StemUNetConfig
 from training.dataset import FRAMES, draw, load_songs
 from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
@@ -40,14 +41,17 @@ SHARES = {"split": 0.0, "fill": 0.75, "generate": 0.25}
 REPEATS = 3  # the teacher's passes cost more than a step, so every lesson is taken about three times,
 KEPT = 24  # and at random from the last ones
 LISTENING = 1.5  # what fill takes, see `training.bundle --listening`
-HEARD = ("context", "context_mask", "mixture", "mixture_mask", "mixture_stems", "grid", "chords")
+HARMONY_GUIDANCE = 3.0  # of the tones, see `training.bundle --harmony-guidance`
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timesteps (B,)) -> clean latents
 
 
 @dataclass(frozen=True)
 class Table:
-    """The noise levels of a sampling path, from noise to clean: alpha, noise and sigma of each (N,)."""
+    """The noise levels of a sampling path, from noise on: alpha and noise of each (N,), and sigma (N + 1,).
+
+    The last sigma is that of clean latents, 0.
+    """
 
     timesteps: torch.Tensor
     alpha: torch.Tensor
@@ -59,13 +63,14 @@ class Table:
         return len(self.timesteps)
 
 
-def make_table(steps: int) -> Table:
+def make_table(steps: int, device: str | torch.device = "cpu") -> Table:
     """`engine.schedule.distilled_timesteps`, from noise on."""
     schedule = make_schedule(SCHEDULE)
     path = distilled_timesteps(schedule, steps)[::-1].copy()
     values = [np.array([f(int(t)) for t in path]) for f in (schedule.alpha, schedule.noise)]
-    alpha, noise, sigma = (torch.from_numpy(v).float() for v in (*values, schedule.sigmas[path]))
-    return Table(torch.from_numpy(path), alpha, noise, sigma)
+    values.append(np.append(schedule.sigmas[path], 0.0))
+    alpha, noise, sigma = (torch.from_numpy(v).float().to(device) for v in values)
+    return Table(torch.from_numpy(path).to(device), alpha, noise, sigma)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -79,12 +84,11 @@ def solve(predict: Predict, x: torch.Tensor, table: Table, start: torch.Tensor, 
     As `engine.samplers.sample_dpmpp_2m`, with the first step of first order, and the one to clean.
     """
     scaled = x / wide(table.alpha[start])
-    sigmas = torch.cat([table.sigma, torch.zeros(1)])
-    before, step_before = torch.zeros_like(x), torch.ones_like(sigmas[start])
+    before, step_before = torch.zeros_like(x), torch.ones_like(table.sigma[start])
     for i in range(count):
         place = start + i
         clean = predict(wide(table.alpha[place]) * scaled, table.timesteps[place])
-        ratio = sigmas[place + 1] / sigmas[place]
+        ratio = table.sigma[place + 1] / table.sigma[place]
         step = -ratio.clamp_min(1e-6).log()
         second = (ratio > 0) & (i > 0)
         ahead = torch.where(second, step / (2 * step_before), 0.0)
@@ -95,12 +99,24 @@ def solve(predict: Predict, x: torch.Tensor, table: Table, start: torch.Tensor, 
 
 
 def clean_from(
-    model: StemUNet, x: torch.Tensor, t: torch.Tensor, alphas: torch.Tensor, inputs: dict[str, torch.Tensor]
+    model: StemUNet,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    alphas: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    *,
+    distilled: bool = False,
 ) -> torch.Tensor:
-    """The clean latents behind v at the ordinary timesteps t."""
+    """The clean latents behind v at step t, the ordinary or the distilled one."""
     a, s = wide(alphas[t].sqrt()), wide((1 - alphas[t]).sqrt())
     with mixed_precision(x.device.type):
-        return a * x - s * model(x, t, **inputs).float()
+        return a * x - s * model(x, t + SCHEDULE.steps * distilled, **inputs).float()
+
+
+def keeping(batch: Batch, clean: torch.Tensor) -> torch.Tensor:
+    """Clean latents in which what is known stays."""
+    known = batch.inputs["context_mask"][:, :, None, :, None]
+    return known * batch.inputs["context"] + (1 - known) * clean
 
 
 def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
@@ -108,7 +124,6 @@ def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
     `engine.denoisers.guided` with its rescale, and what is known stays.
     """
     nothing = {k: torch.zeros_like(v) if k in HEARD else v for k, v in batch.inputs.items()}
-    known = batch.inputs["context_mask"][:, :, None, :, None]
     fills = (batch.inputs["context_mask"].amax((1, 2)) + batch.inputs["mixture_mask"].amax(1)) > 0
     weight = wide(torch.where(fills, LISTENING, 1.0))
 
@@ -118,7 +133,7 @@ def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
         deviation, mean = torch.std_mean(pushed, (3, 4), keepdim=True, correction=0)
         kept, at = torch.std_mean(told, (3, 4), keepdim=True, correction=0)
         pushed = at + (kept / deviation.clamp_min(1e-6)).clamp_max(1.0) * (pushed - mean)
-        return known * batch.inputs["context"] + (1 - known) * pushed
+        return keeping(batch, pushed)
 
     return predict
 
@@ -136,15 +151,12 @@ class Lesson:
 @torch.no_grad()
 def make_lesson(teacher: StemUNet, batch: Batch, start: torch.Tensor, alphas: torch.Tensor) -> Lesson:
     """What the teacher's SUBSTEPS steps from place `start` (B,) of STEPS come to, as one step."""
-    device = batch.latents.device
-    table = make_table(STEPS * SUBSTEPS)
-    table = Table(*(v.to(device) for v in (table.timesteps, table.alpha, table.noise, table.sigma)))
-    place = (start * SUBSTEPS).to(device)
+    table = make_table(STEPS * SUBSTEPS, batch.latents.device)
+    place = (start * SUBSTEPS).to(batch.latents.device)
     a, s = wide(table.alpha[place]), wide(table.noise[place])
     x = a * batch.latents + s * torch.randn_like(batch.latents)
     arrived = solve(guided(teacher, batch, alphas), x, table, place, SUBSTEPS)
-    sigmas = torch.cat([table.sigma, torch.zeros(1, device=device)])
-    ratio = wide(sigmas[place + SUBSTEPS] / sigmas[place])
+    ratio = wide(table.sigma[place + SUBSTEPS] / table.sigma[place])
     clean = (arrived - ratio * x / a) / (1 - ratio)
     return Lesson(batch, x, table.timesteps[place], (a * x - clean) / s)
 
@@ -168,15 +180,14 @@ def distillation_loss(student: StemUNet, lesson: Lesson, metric: torch.Tensor) -
 def compare(student: StemUNet, teacher: StemUNet, batch: Batch, alphas: torch.Tensor) -> Logs:
     """Relative error of the latents made in STEPS steps, to those of SUBSTEPS times as many guided ones of
     the teacher's from the same noise: distilled, and by the teacher's own STEPS."""
-    fine, few = make_table(SUBSTEPS * STEPS), make_table(STEPS)
+    device = batch.latents.device
+    fine, few = (make_table(steps, device) for steps in (SUBSTEPS * STEPS, STEPS))
     noise = torch.randn_like(batch.latents)
-    here = torch.zeros(len(noise), dtype=torch.int64)
-    known = batch.inputs["context_mask"][:, :, None, :, None]
+    here = torch.zeros(len(noise), dtype=torch.int64, device=device)
+    taught = guided(teacher, batch, alphas)
 
     def distilled(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a, s = wide(alphas[t].sqrt()), wide((1 - alphas[t]).sqrt())
-        clean = a * x - s * student(x, t + SCHEDULE.steps, **batch.inputs)
-        return known * batch.inputs["context"] + (1 - known) * clean
+        return keeping(batch, clean_from(student, x, t, alphas, batch.inputs, distilled=True))
 
     def euler(predict: Predict) -> torch.Tensor:
         x = noise
@@ -185,10 +196,10 @@ def compare(student: StemUNet, teacher: StemUNet, batch: Batch, alphas: torch.Te
             x = x * few.alpha[i + 1] if i + 1 < few.steps else x
         return x
 
-    best = solve(guided(teacher, batch, alphas), noise, fine, here, fine.steps)
-    plain = solve(guided(teacher, batch, alphas), noise, few, here, few.steps)
-    made = {"distilled": euler(distilled), "euler": euler(guided(teacher, batch, alphas)), "plain": plain}
-    free = 1 - known
+    best = solve(taught, noise, fine, here, fine.steps)
+    plain = solve(taught, noise, few, here, few.steps)
+    made = {"distilled": euler(distilled), "euler": euler(taught), "plain": plain}
+    free = 1 - batch.inputs["context_mask"][:, :, None, :, None]
     size = (free * (best - best.mean(3, keepdim=True))).square().sum()
     return {f"apart_{name}": float((free * (x - best)).square().sum() / size) for name, x in made.items()}
 
@@ -196,7 +207,7 @@ def compare(student: StemUNet, teacher: StemUNet, batch: Batch, alphas: torch.Te
 def start_from(run: Path, frozen: Frozen) -> tuple[StemUNet, StemUNet]:
     """(student, teacher) with the averaged weights of a UNet's training folder; only the new part learns."""
     sizes = unet_config(frozen)
-    teacher = load_ema(run, StemUNet(replace(sizes, harmony_guidance=3.0)))
+    teacher = load_ema(run, StemUNet(replace(sizes, harmony_guidance=HARMONY_GUIDANCE)))
     student = StemUNet(replace(sizes, distilled=SCHEDULE.steps))
     student.load_state_dict(teacher.state_dict(), strict=False)
     student.requires_grad_(False)
