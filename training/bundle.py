@@ -36,6 +36,7 @@ from training.from_bundle import read_unet
 from training.loop import Network, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
+from training.train_decoder import with_decoder
 from training.train_unet import SCHEDULE, STATISTICS, freeze, unet_config
 
 PROVENANCE = (
@@ -83,7 +84,7 @@ def main() -> None:
         "--runs",
         type=Path,
         required=True,
-        help="with vae/, towers/, harmony/ and unet/, and distilled/ where there is one",
+        help="with vae/, towers/, harmony/ and unet/, and distilled/ and decoder/ where there are any",
     )
     parser.add_argument("--vocoder", type=Path, help="folder of training.train_vocoder, not Griffin-Lim")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
@@ -109,12 +110,16 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     runs = {name: args.runs / name for name in ("vae", "towers", "unet")}
-    runs |= {name: args.runs / name for name in ("harmony", "distilled") if (args.runs / name).exists()}
+    runs |= {
+        name: args.runs / name for name in ("harmony", "distilled", "decoder") if (args.runs / name).exists()
+    }
     if args.keep and "distilled" in runs:
         parser.error("--keep changes the UNet that runs/distilled was taught by: distil after it")
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
+    if "decoder" in runs:
+        with_decoder(vae, runs["decoder"])
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
     distilled = None
     if "distilled" in runs:
