@@ -57,6 +57,7 @@ Chords = Annotated[
 ]
 BeatsPerBar = Annotated[int, typer.Option("--beats-per-bar", help="Metre, with --bpm.")]
 FirstBeat = Annotated[float, typer.Option("--first-beat", help="Second at which a bar begins, with --bpm.")]
+Free = Annotated[bool, typer.Option("--free", help="Draw neither tempo nor chords where none are given.")]
 
 
 @functools.cache
@@ -110,6 +111,7 @@ def generate(
     chords: Chords = None,
     beats_per_bar: BeatsPerBar = 4,
     first_beat: FirstBeat = 0.0,
+    free: Free = False,
     model: ModelName = None,
     device: DeviceName = "auto",
     seed: Seed = None,
@@ -135,6 +137,7 @@ def generate(
             chords=chords,
             beats_per_bar=beats_per_bar,
             first_beat=first_beat,
+            free=free,
             settings=_settings(seed, quality, steps, sampler, guidance, listening),
             callback=callback,
         )
@@ -355,6 +358,10 @@ def _report(task: str, model: Model, result: Result, json_output: bool) -> None:
     if json_output:
         print_json({"status": "done", "task": task, **summary(result), "take": result.record})
         return
+    played = result.record["request"]
+    if task == "generate" and played["bpm"] is not None:
+        chords = f": {played['chords']}" if played["chords"] else ""
+        print(f"{played['bpm']:g} bpm{chords}")
     print_table(None, ["", "file"], [[name, str(path)] for name, path in result.files.items()])
     print(
         f"{result.audio_seconds:.1f} s of audio in {result.seconds:.1f} s (real-time factor "

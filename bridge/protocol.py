@@ -77,6 +77,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "chords": ("s", PLAYING),
     "beats_per_bar": ("i", PLAYING),
     "first_beat": ("f", PLAYING),
+    "free": ("i", ("generate",)),
     "takes": ("i", ALL_TASKS),
     "seed": ("i", ALL_TASKS),
     "quality": ("s", ALL_TASKS),
@@ -140,6 +141,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "residual": (0, 1),
     "shared": (0, 1),
     "raw": (0, 1),
+    "free": (0, 1),
     "offset": (0, 2**31 - 1),
     "count": (1, 64),
 }

@@ -355,7 +355,13 @@ def _make(
     stems = {name: sound for name, sound in sounds.items() if name in model.manifest.stems}
     if task == "generate":
         return generate(
-            model, seconds=request["seconds"], settings=settings, batch=batch, callback=callback, **music
+            model,
+            seconds=request["seconds"],
+            free=bool(request.get("free")),
+            settings=settings,
+            batch=batch,
+            callback=callback,
+            **music,
         )
     if task == "split":
         how = {"residual": bool(request.get("residual")), "raw": bool(request.get("raw"))}

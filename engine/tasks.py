@@ -14,6 +14,7 @@ from engine.audio import Audio, add_into, check, empty, fit, is_silent, resample
 from engine.conditions import check_tempo, chords_condition, grid_condition, parse_chords, prompt_film
 from engine.errors import UsageError
 from engine.harmony import UNPITCHED, heard_chords
+from engine.lead_sheet import draw_bpm, draw_chords
 from engine.listening import gain_to, model_signal, signal_level, window_mel
 from engine.manifest import Manifest
 from engine.model import Model
@@ -52,6 +53,7 @@ def generate(
     chords: str | None = None,
     beats_per_bar: int = 4,
     first_beat: float = 0.0,
+    free: bool = False,
     settings: Settings | None = None,
     batch: Batch | None = None,
     callback: Callback | None = None,
@@ -59,8 +61,11 @@ def generate(
     """All stems, round(seconds * rate) samples each, mono at the vocoder's rate, their sum within full scale.
 
     text, audio: prompts. bpm, beats_per_bar, first_beat (seconds): the tempo grid. chords: a chart such as
-    "C | Am | F G | G7", one cell a bar, repeated over the length. batch: takes that differ in settings.seed
-    alone and are sampled together. callback(phase, fraction of the job) raises to cancel.
+    "C | Am | F G | G7", one cell a bar, repeated over the length. What of tempo and chords is not told is
+    drawn from the seed where the model takes both, as a band that plays together needs them, but not with a
+    prompt, which may speak of them, and not where the band is to be `free`. batch: takes that differ in
+    settings.seed alone and are sampled together, unless something is drawn. callback(phase, fraction of the
+    job) raises to cancel.
     Raises UsageError for a request that the model cannot meet.
     """
     # the bundle's listening is that of fill; what is told is kept without more weight
@@ -69,6 +74,12 @@ def generate(
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     started = time.perf_counter()
     stretch(callback, "listen", 0.0, 0.05)(0.0)
+    check_tempo(model.manifest, bpm, beats_per_bar, chords)
+    prompted = audio is not None or (text is not None and text.strip() != "")
+    if not free and not prompted and model.supports("grid") and model.supports("chords"):
+        batch = None if bpm is None or chords is None else batch  # each take plays something else
+        bpm = draw_bpm(settings.seed) if bpm is None else bpm
+        chords = draw_chords(settings.seed) if chords is None else chords
     conditions = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
     started = clock(timings, "listen", started)
     latents = sample_timeline(
@@ -91,7 +102,8 @@ def generate(
         for i, name in enumerate(model.manifest.stems)
     }
     clock(timings, "render", started)
-    request = _request(text, audio, bpm, chords, beats_per_bar, first_beat) | {"seconds": seconds}
+    request = _request(text, audio, bpm, chords, beats_per_bar, first_beat)
+    request |= {"free": free, "seconds": seconds}
     return Take(stems, make_record("generate", model, settings, request) | {"timings": timings})
 
 

@@ -47,16 +47,22 @@ STARTS = (
     2,
     3,
 )  # places in the distilled steps from which true latents, made noisy, are sampled to the end
-REPEATS = 3  # the UNet's steps cost more than the decoder's: each landing is taken about three times,
-KEPT = 24  # and at random from the last ones,
-CROP = 48  # so many latent frames of it each time
+REPEATS = 10  # the UNet's steps cost more than the decoder's: each landing is taken about ten times,
+KEPT = 64  # and at random from the last ones,
+CROP = 32  # so many latent frames of it each time,
+ROWS = {True: 10, False: 4}  # and so many stems that were made, and that were known
 LEVELS = ((4, 1), (16, 8), (64, GEOMETRY.n_mels))  # frames and bands over which magnitudes are averaged
 LEVEL_WEIGHT = 0.5
-CRITIC_SHARE = 0.75  # of the critic's pull on a mel, against that of the distance to the true one
+CRITIC_PACE = 0.05  # of its error, so that its gradients are no larger than the decoder's
+CRITIC_SHARE = 1.5  # of a sure critic's pull on a mel, against that of the distance to the true one
+KNOWN_WEIGHT = 1.5  # of the distance of what was known: its errors are small, and are heard
 AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at the floor and estimates near it
 UNEVEN = 0.1  # deviation of noise on what the critic hears: stored mels have steps
 SCALE = 2.0  # log mels are divided by it
-WIDTHS = (24, 48, 96, 96)
+WIDTHS = (16, 32, 64, 64)
+
+
+Scores = tuple[torch.Tensor, torch.Tensor]  # of patches of mels, fine and coarse ones
 
 
 class Critic(nn.Module):
@@ -72,11 +78,11 @@ class Critic(nn.Module):
         steps = [nn.Conv2d(a, b, 4, 2, 1) for a, b in pairwise(sizes)]
         return nn.ModuleList(weight_norm(layer) for layer in [*steps, nn.Conv2d(sizes[-1], 1, 3, padding=1)])
 
-    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, mel: torch.Tensor) -> Scores:
         heard = mel.clamp_min(FLOOR + AUDIBLE) + UNEVEN * torch.randn_like(mel)
         heard = (heard - FLOOR) / SCALE
         place = torch.linspace(-1, 1, mel.shape[-1], device=mel.device).expand_as(heard)
-        fine = torch.cat([heard, place], 1)
+        fine = torch.cat([heard, place], 1).contiguous(memory_format=torch.channels_last)
         return self._scores(self.fine, fine), self._scores(self.coarse, F.avg_pool2d(fine, 2))
 
     @staticmethod
@@ -108,11 +114,19 @@ class Landing:
     asked: torch.Tensor
 
     def crop(self, rng: np.random.Generator) -> Landing:
-        """CROP latent frames of it."""
+        """CROP latent frames of up to ROWS stems, but of none that rests although it was asked to play."""
         start = int(rng.integers(self.latents.shape[2] - CROP + 1))
         span = slice(start, start + CROP)
         frames = slice(start * LATENT_FRAMES, (start + CROP) * LATENT_FRAMES)
-        return Landing(self.latents[:, :, span], self.mels[:, :, frames], self.made, self.asked[:, span])
+        asked = self.asked[:, span].amin(1) > 0
+        rows = [torch.nonzero(asked & (self.made == made))[:, 0] for made in ROWS]
+        few = torch.cat([r[rng.permutation(len(r))[:n]] for r, n in zip(rows, ROWS.values(), strict=True)])
+        return Landing(
+            self.latents[few][:, :, span],
+            self.mels[few][:, :, frames],
+            self.made[few],
+            self.asked[few][:, span],
+        )
 
 
 @torch.no_grad()
@@ -139,7 +153,7 @@ def land(unet: StemUNet, batch: Batch, start: int, alphas: torch.Tensor, scale: 
 
 
 def level_error(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
-    """L1 of the logarithms of magnitudes averaged over LEVELS, where a median guess of every band is too low."""
+    """L1 of the logarithms of magnitudes averaged over LEVELS: a median guess of bands is too low."""
     errors = []
     for size in LEVELS:
         mine, true = (F.avg_pool2d(x.exp(), size).log() for x in (estimate, mel))
@@ -147,27 +161,44 @@ def level_error(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     return torch.stack(errors).mean()
 
 
+def critic_error(unreal: Scores, real: Scores) -> torch.Tensor:
+    """Hinge loss, the mean of both resolutions: 2 where the critic cannot tell, 0 where it surely can."""
+    errors = [F.relu(1 - b).mean() + F.relu(1 + a).mean() for a, b in zip(unreal, real, strict=True)]
+    return torch.stack(errors).mean()
+
+
+def distance(estimate: torch.Tensor, given: Landing) -> tuple[torch.Tensor, Logs]:
+    """What the decoder minimises without a critic: `reconstruction` of both kinds of rows, and levels."""
+    logs = {"levels": level_error(estimate, given.mels)}
+    error = LEVEL_WEIGHT * logs["levels"]
+    for name, rows, weight in (("known", ~given.made, KNOWN_WEIGHT), ("made", given.made, 1.0)):
+        if rows.any():
+            logs[name] = reconstruction(estimate[rows], given.mels[rows])
+            error = error + weight * logs[name]
+    return error, {name: value.item() for name, value in logs.items()}
+
+
 def rivals_loss(rivals: Rivals, given: Landing, device: str) -> tuple[torch.Tensor, Logs]:
-    """The decoder's errors, which do not move the critic, and the critic's, which do not move the decoder."""
-    asked = given.asked.amin(1) > 0  # a stem that rests although it was asked to play is no example
-    latents, mel = given.latents[asked], given.mels[asked]
+    """The decoder's errors, which do not move the critic, and the critic's, which do not move the decoder.
+
+    What was made has a critic. Its pull is measured on the mel, so that how steep it is does not matter, and
+    counts by how well it can tell.
+    """
     with mixed_precision(device):
-        estimate = rivals.decoder(latents).float()
-        rivals.critic.requires_grad_(False)
-        judged = rivals.critic(estimate)
-        rivals.critic.requires_grad_(True)
-        unreal, real = rivals.critic(estimate.detach()), rivals.critic(mel)
-    nearest, levels = reconstruction(estimate, mel), level_error(estimate, mel)
-    disliked = -(judged[0].mean() + judged[1].mean()) / 2
-    # of the mel, so that how steep the critic is does not matter
-    pulls = [torch.autograd.grad(x, estimate, retain_graph=True)[0].norm() for x in (nearest, disliked)]
-    weight = CRITIC_SHARE * pulls[0] / pulls[1].clamp_min(1e-9)
-    told_apart = sum(
-        (F.relu(1 - b).mean() + F.relu(1 + a).mean()) / 2 for a, b in zip(unreal, real, strict=True)
-    )
-    logs = {"weighted_l1": nearest, "levels": levels, "disliked": disliked, "critic": told_apart}
-    loss = nearest + LEVEL_WEIGHT * levels + weight * disliked + told_apart
-    return loss, {name: value.item() for name, value in logs.items()}
+        estimate = rivals.decoder(given.latents).float()
+    error, logs = distance(estimate, given)
+    if not given.made.any():
+        return error, logs
+    shown = estimate[given.made].detach().requires_grad_(True)
+    with mixed_precision(device):
+        unreal, real = rivals.critic(shown), rivals.critic(given.mels[given.made])
+    told_apart = critic_error(unreal, real)
+    pull = torch.autograd.grad(-(unreal[0].mean() + unreal[1].mean()), shown, retain_graph=True)[0]
+    other = torch.autograd.grad(error, estimate, retain_graph=True)[0][given.made]
+    skill = (1 - told_apart.detach() / 2).clamp_min(0)
+    pull = pull * (CRITIC_SHARE * skill * other.norm() / pull.norm().clamp_min(1e-9))
+    logs |= {"critic": told_apart.item(), "skill": skill.item()}
+    return error + (estimate[given.made] * pull).sum() + CRITIC_PACE * told_apart, logs
 
 
 def compare(decoder: Decoder, given: Landing) -> Logs:
@@ -205,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, lr=4e-4)
+    add_arguments(parser, lr=1e-3)
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder with vae/, towers/, unet/ and distilled/"
     )
