@@ -20,6 +20,7 @@ from training.stems import STEMS
 from training.train_decoder import (
     CRITIC_PACE,
     CROP,
+    NOISE,
     ROWS,
     Landing,
     Rivals,
@@ -101,24 +102,34 @@ def test_it_lands_where_the_engines_sampler_does(batch: Batch, unet: StemUNet) -
     assert torch.allclose(landing.latents[1:4], known), "what is known is the true latent"
 
 
+def frames(start: int) -> slice:
+    return slice(start * LATENT_FRAMES, (start + CROP) * LATENT_FRAMES)
+
+
 def test_what_is_cropped_stays_together_and_was_asked_for(batch: Batch, unet: StemUNet) -> None:
     whole = land(unet, batch, 3, ALPHAS, scale=1.0)
-    part = whole.crop(np.random.default_rng(5))
-    assert part.latents.shape[2] == CROP
-    places = [
-        (row, start)
-        for latents in part.latents
-        for row in range(2 * S)
-        for start in range(T - CROP + 1)
-        if torch.equal(latents, whole.latents[row, :, start : start + CROP])
-    ]
-    rows = [row for row, _ in places]
-    assert sorted(rows) == [0, 1, 2, 3, 4, 6, 7], (
-        "all but the drums that rest although they were asked to play"
-    )
-    for mel, made, (row, start) in zip(part.mels, part.made, places, strict=True):
-        assert torch.equal(mel, whole.mels[row, :, start * LATENT_FRAMES : (start + CROP) * LATENT_FRAMES])
-        assert made == whole.made[row]
+    noise = {True: [], False: []}
+    for seed in range(10):
+        part = whole.crop(np.random.default_rng(seed))
+        assert part.latents.shape[2] == CROP
+        rows = []
+        for latents, mel, made in zip(part.latents, part.mels, part.made, strict=True):
+            row, start = next(
+                (row, start)
+                for row in range(2 * S)
+                for start in range(T - CROP + 1)
+                if torch.equal(
+                    mel, whole.mels[row, :, start * LATENT_FRAMES : (start + CROP) * LATENT_FRAMES]
+                )
+            )
+            rows.append(row)
+            assert made == whole.made[row]
+            noise[bool(made)].append((latents - whole.latents[row, :, start : start + CROP]).std().item())
+        assert sorted(rows) == [0, 1, 2, 3, 4, 6, 7], (
+            "not the drums that rest although they were asked to play"
+        )
+    assert not any(noise[True]) and max(noise[False]) < 1.1 * NOISE
+    assert 0.2 < np.mean(np.array(noise[False]) == 0) < 0.8, "what is known gets noise, but not always"
     many = replace(whole, asked=torch.ones_like(whole.asked), made=torch.ones_like(whole.made))
     assert len(many.crop(np.random.default_rng(5)).latents) == 2 * S
     many = replace(many, made=~many.made)
@@ -168,9 +179,7 @@ def test_each_rival_is_moved_by_its_own_error_alone(batch: Batch, unet: StemUNet
     assert not torch.allclose(moved["decoder.linear.weight"], rivals.decoder.linear.weight.grad, rtol=1e-2)
 
 
-def test_the_critic_learns_to_tell_and_the_decoder_nears_the_truth(
-    batch: Batch, unet: StemUNet, rivals: Rivals
-) -> None:
+def test_beside_its_critic_the_decoder_nears_the_truth(batch: Batch, unet: StemUNet, rivals: Rivals) -> None:
     given = land(unet, batch, 3, ALPHAS, scale=1.0).crop(np.random.default_rng(0))
     optimiser = torch.optim.Adam(rivals.parameters(), lr=2e-3)
     rows = []
@@ -181,7 +190,6 @@ def test_the_critic_learns_to_tell_and_the_decoder_nears_the_truth(
         optimiser.step()
         rows.append(logs)
     assert rows[-1]["made"] < 0.9 * rows[0]["made"]
-    assert rows[-1]["critic"] < rows[0]["critic"]
 
 
 def test_levels_are_those_of_magnitudes() -> None:

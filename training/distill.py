@@ -23,7 +23,16 @@ from engine.schedule import distilled_timesteps, make_schedule
 from engine.tasks import HEARD
 from export.stem_unet import StemUNet, StemUNetConfig
 from training.dataset import FRAMES, draw, load_songs
-from training.loop import Logs, add_arguments, load_ema, loop_config, means, mixed_precision, train
+from training.loop import (
+    Logs,
+    add_arguments,
+    fixed_draws,
+    load_ema,
+    loop_config,
+    means,
+    mixed_precision,
+    train,
+)
 from training.train_unet import (
     SCHEDULE,
     STATISTICS,
@@ -251,9 +260,7 @@ def main() -> None:
 
     @torch.no_grad()
     def validate(network: StemUNet) -> Logs:
-        generator = np.random.default_rng(7)
-        with torch.random.fork_rng():  # the same noise each time
-            torch.manual_seed(7)
+        with fixed_draws() as generator:
             rows = []
             for _ in range(4):
                 windows = draw(held_out, 8, generator, augment=False, frames=FRAMES // 2)

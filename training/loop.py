@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -224,6 +226,14 @@ def draw_curves(out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=80)
     plt.close(figure)
+
+
+@contextlib.contextmanager
+def fixed_draws() -> Iterator[np.random.Generator]:
+    """A generator for what validation draws, and torch's own set, so that each draws the same noise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        yield np.random.default_rng(7)
 
 
 def load_ema(out: Path, model: Network) -> Network:

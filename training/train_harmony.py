@@ -20,7 +20,7 @@ from export.patch_vae import PatchVAE, tone_latents
 from export.stem_unet import Harmony, StemUNetConfig
 from training import conditions
 from training.dataset import MAGNITUDES, RenderedSong, Windows, load_songs
-from training.loop import Logs, add_arguments, loop_config, means, mixed_precision, train
+from training.loop import Logs, add_arguments, fixed_draws, loop_config, means, mixed_precision, train
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
 from training.tasks import draw_tasks, dropped
@@ -197,9 +197,7 @@ def main() -> None:
 
     @torch.no_grad()
     def validate(network: Harmony) -> Logs:
-        generator = np.random.default_rng(7)
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
+        with fixed_draws() as generator:
             batches = [make_batch(held_out, 64, frozen.scale, generator, False) for _ in range(2)]
             rows = [harmony_loss(network, batch, alphas, generator, args.device)[1] for batch in batches]
         return means(rows) | explained(network, held_out, frozen.scale, args.device)

@@ -32,6 +32,7 @@ from training.dataset import FRAMES, RenderedSong, Windows, draw, load_songs, mi
 from training.loop import (
     Logs,
     add_arguments,
+    fixed_draws,
     load_ema,
     loop_config,
     means,
@@ -343,9 +344,7 @@ def main() -> None:
 
     @torch.no_grad()
     def validate(network: StemUNet) -> Logs:
-        generator = np.random.default_rng(7)
-        with torch.random.fork_rng():  # the same noise each time
-            torch.manual_seed(7)
+        with fixed_draws() as generator:
             rows = []
             for _ in range(3):
                 windows = draw(held_out, 16, generator, augment=False)
