@@ -169,6 +169,10 @@ class Level(_Part):
         default_factory=dict,
         description="the same where nothing is heard, as in generate; empty: makeup_db holds there too",
     )
+    ordinary_db: dict[str, float] = Field(
+        default_factory=dict,
+        description="added to either where steps are not distilled, for models that are: these blur less",
+    )
 
 
 class Separator(_Part):
@@ -268,9 +272,10 @@ class Manifest(_Part):
         few = self.distilled.steps if self.distilled else 0
         if any(preset.sampler == "distilled" and preset.steps != few for preset in presets):
             raise ValueError("a distilled preset takes the steps that distilled says")
-        gains = {} if self.level is None else self.level.makeup_db | self.level.alone_db
+        level = self.level
+        gains = {} if level is None else level.makeup_db | level.alone_db | level.ordinary_db
         if not set(gains) <= set(self.stems):
-            raise ValueError("makeup_db or alone_db names a stem that is none")
+            raise ValueError("makeup_db, alone_db or ordinary_db names a stem that is none")
         if ("chords" in declared) != (self.chords is not None):
             raise ValueError("the capability chords and its layout go together")
         return self

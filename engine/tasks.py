@@ -95,7 +95,7 @@ def generate(
     started = clock(timings, "sample", started)
     rate = model.manifest.vocoder.sample_rate
     rendered = _render(model, latents, callback)
-    rendered *= _makeup(model.manifest, model.manifest.stems, alone=True)
+    rendered *= _makeup(model.manifest, model.manifest.stems, settings, alone=True)
     rendered *= _unclipped(rendered)
     stems = {
         name: Audio(fit(rendered[i : i + 1], round(seconds * rate)), rate)
@@ -182,7 +182,7 @@ def fill(
     mels = _sounding(sample, model.manifest)
     started = clock(timings, "sample", started)
     rendered = vocode_timeline(model, mels, stretch(callback, "render", 0.85, 1.0))
-    rendered *= _makeup(model.manifest, wanted) / np.float32(gain)
+    rendered *= _makeup(model.manifest, wanted, settings) / np.float32(gain)
     at_rate = fit(resample(Audio(rendered, model.manifest.vocoder.sample_rate), rate).samples, length)
     stems = {
         name: Audio(np.broadcast_to(at_rate[i], (channels, length)), rate) for i, name in enumerate(wanted)
@@ -262,7 +262,7 @@ def continue_(
     wanted = [name for name in manifest.stems if name in before]
     rendered = _render(model, latents[[manifest.stems.index(name) for name in wanted]], callback)
     rendered = rendered[:, heard * manifest.latent.frames * manifest.vocoder.hop :]
-    rendered *= _makeup(manifest, wanted) / np.float32(gain)
+    rendered *= _makeup(manifest, wanted, settings) / np.float32(gain)
     size = round(seconds * rate)
     at_rate = fit(resample(Audio(rendered, manifest.vocoder.sample_rate), rate).samples, size)
     stems = {
@@ -462,15 +462,19 @@ def _render(model: Model, latents: FloatArray, callback: Callback | None) -> Flo
     return vocode_timeline(model, decode_timeline(model, latents, decoding), vocoding)
 
 
-def _makeup(manifest: Manifest, stems: Sequence[str], *, alone: bool = False) -> FloatArray:
+def _makeup(
+    manifest: Manifest, stems: Sequence[str], settings: Settings, *, alone: bool = False
+) -> FloatArray:
     """(len(stems), 1) factors that bring what the model makes of each stem to its usual level.
 
-    alone: made up with nothing to play along with.
+    settings: resolved. alone: made up with nothing to play along with.
     """
-    db: dict[str, float] = {}
-    if manifest.level is not None:
-        db = manifest.level.alone_db if alone and manifest.level.alone_db else manifest.level.makeup_db
-    return np.array([[10 ** (db.get(stem, 0.0) / 20)] for stem in stems], np.float32)
+    level = manifest.level
+    if level is None:
+        return np.ones((len(stems), 1), np.float32)
+    db = level.alone_db if alone and level.alone_db else level.makeup_db
+    more = {} if settings.sampler == "distilled" else level.ordinary_db
+    return np.array([[10 ** ((db.get(s, 0.0) + more.get(s, 0.0)) / 20)] for s in stems], np.float32)
 
 
 def _unclipped(stems: FloatArray) -> np.float32:

@@ -133,8 +133,8 @@ class Landing:
         rows = [torch.nonzero(asked & (self.made == made))[:, 0] for made in ROWS]
         few = torch.cat([r[rng.permutation(len(r))[:n]] for r, n in zip(rows, ROWS.values(), strict=True)])
         latents, made = self.latents[few][:, :, span], self.made[few]
-        noise = rng.uniform(0, NOISE, len(few)) * (rng.random(len(few)) < NOISY)
-        noise = torch.from_numpy(noise).float().to(latents.device) * ~made
+        deviation = rng.uniform(0, NOISE, len(few)) * (rng.random(len(few)) < NOISY)
+        noise = torch.from_numpy(deviation).float().to(latents.device) * ~made
         latents = latents + noise[:, None, None, None] * torch.randn_like(latents)
         return Landing(latents, self.mels[few][:, :, frames], made, self.asked[few][:, span])
 
