@@ -269,6 +269,7 @@ def use_every_option(talk: Conversation, song: Path, name: str) -> None:
         "method": ("s", "dirac"),
         "residual": ("i", 1),
         "raw": ("i", 0),
+        "free": ("i", 1),
         "model": ("s", ""),
         "priority": ("s", "live"),
         "shared": ("i", 1),
