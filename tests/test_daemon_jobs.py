@@ -186,7 +186,7 @@ def test_takes_sampled_together_are_those_made_alone(
     monkeypatch.setattr(Model, "condition_inputs", counted)
     context = {"drums": Audio(noise(5.0).T, 22050)}
     tasks: dict[str, Any] = {
-        "generate": lambda **rest: generate(tiny_model, seconds=5.0, **rest),
+        "generate": lambda **rest: generate(tiny_model, seconds=5.0, free=True, **rest),
         "fill": lambda **rest: fill(tiny_model, context, ["bass"], text="warm", **rest),
         "continue": lambda **rest: continue_(tiny_model, context, seconds=4.0, **rest),
     }
