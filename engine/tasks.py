@@ -74,12 +74,12 @@ def generate(
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     started = time.perf_counter()
     stretch(callback, "listen", 0.0, 0.05)(0.0)
-    check_tempo(model.manifest, bpm, beats_per_bar, chords)
     prompted = audio is not None or (text is not None and text.strip() != "")
-    if not free and not prompted and model.supports("grid") and model.supports("chords"):
-        batch = None if bpm is None or chords is None else batch  # each take plays something else
+    # chords without a tempo are refused below
+    if chords is None and not free and not prompted and model.supports("grid") and model.supports("chords"):
+        batch = None  # each take plays something else
         bpm = draw_bpm(settings.seed) if bpm is None else bpm
-        chords = draw_chords(settings.seed) if chords is None else chords
+        chords = draw_chords(settings.seed)
     conditions = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
     started = clock(timings, "listen", started)
     latents = sample_timeline(

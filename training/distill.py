@@ -147,6 +147,24 @@ def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
     return predict
 
 
+def distilled(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
+    """The UNet at its distilled timesteps; what is known stays."""
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return keeping(batch, clean_from(model, x, t, alphas, batch.inputs, distilled=True))
+
+    return predict
+
+
+def euler(predict: Predict, x: torch.Tensor, table: Table, start: int = 0) -> torch.Tensor:
+    """Clean latents by Euler's steps from place `start` of the table to its end, as in `engine.samplers`."""
+    rows = torch.ones(len(x), dtype=torch.int64, device=x.device)
+    for i in range(start, table.steps):
+        x = solve(predict, x, table, i * rows, 1)
+        x = x * table.alpha[i + 1] if i + 1 < table.steps else x
+    return x
+
+
 @dataclass(frozen=True)
 class Lesson:
     """Noisy latents x (B, S, Z, T, F) at timesteps t (B,), and the v by which one long step arrives."""
@@ -195,19 +213,10 @@ def compare(student: StemUNet, teacher: StemUNet, batch: Batch, alphas: torch.Te
     here = torch.zeros(len(noise), dtype=torch.int64, device=device)
     taught = guided(teacher, batch, alphas)
 
-    def distilled(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return keeping(batch, clean_from(student, x, t, alphas, batch.inputs, distilled=True))
-
-    def euler(predict: Predict) -> torch.Tensor:
-        x = noise
-        for i in range(few.steps):
-            x = solve(predict, x, few, here + i, 1)
-            x = x * few.alpha[i + 1] if i + 1 < few.steps else x
-        return x
-
     best = solve(taught, noise, fine, here, fine.steps)
     plain = solve(taught, noise, few, here, few.steps)
-    made = {"distilled": euler(distilled), "euler": euler(taught), "plain": plain}
+    learnt = distilled(student, batch, alphas)
+    made = {"distilled": euler(learnt, noise, few), "euler": euler(taught, noise, few), "plain": plain}
     free = 1 - batch.inputs["context_mask"][:, :, None, :, None]
     size = (free * (best - best.mean(3, keepdim=True))).square().sum()
     return {f"apart_{name}": float((free * (x - best)).square().sum() / size) for name, x in made.items()}

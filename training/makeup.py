@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.audio import Audio
 from engine.errors import BacklineError
-from engine.manifest import Manifest
+from engine.manifest import Manifest, Quality
 from engine.model import Model
 from engine.take import Settings
 from engine.tasks import fill, generate
@@ -33,16 +33,23 @@ SAMPLES = 10 * RATE
 HEADROOM = 20.0  # dB
 
 
+def level_of_fill(model: Model, window: Window, stem: str, quality: Quality = "normal") -> float:
+    """The level (dB) at which the bundle plays a stem of a window against the true others."""
+    given = {
+        name: Audio(window.stems[j][None, :SAMPLES], RATE) for j, name in enumerate(STEMS) if name != stem
+    }
+    made = fill(model, given, [stem], settings=Settings(seed=window.seed, quality=quality)).stems[stem]
+    return rms_db(made.samples[0])
+
+
 def too_quiet(model: Model, windows: list[Window]) -> dict[str, float]:
     """By stem, the median of the true stem's level less the fill's, in dB, as the bundle makes it now."""
     found = {}
     for i, stem in enumerate(STEMS):
-        differences = []
-        for window in tqdm(windows, desc=stem, mininterval=5):
-            truth = window.stems[:, :SAMPLES]
-            given = {name: Audio(truth[j][None], RATE) for j, name in enumerate(STEMS) if j != i}
-            made = fill(model, given, [stem], settings=Settings(seed=window.seed)).stems[stem]
-            differences.append(rms_db(truth[i]) - rms_db(made.samples[0]))
+        differences = [
+            rms_db(window.stems[i, :SAMPLES]) - level_of_fill(model, window, stem)
+            for window in tqdm(windows, desc=stem, mininterval=5)
+        ]
         found[stem] = float(np.median(differences))
     return found
 
@@ -72,17 +79,11 @@ def louder_in_ordinary_steps(model: Model, windows: list[Window]) -> dict[str, f
     if model.manifest.sampling.sampler != "distilled":
         return {}
     found = {}
-    for i, stem in enumerate(STEMS):
-        differences = []
-        for window in tqdm(windows, desc=f"{stem}, best", mininterval=5):
-            given = {
-                name: Audio(window.stems[j][None, :SAMPLES], RATE) for j, name in enumerate(STEMS) if j != i
-            }
-            normal, best = (
-                rms_db(fill(model, given, [stem], settings=settings).stems[stem].samples[0])
-                for settings in (Settings(seed=window.seed), Settings(seed=window.seed, quality="best"))
-            )
-            differences.append(best - normal)
+    for stem in STEMS:
+        differences = [
+            level_of_fill(model, window, stem, "best") - level_of_fill(model, window, stem)
+            for window in tqdm(windows, desc=f"{stem}, best", mininterval=5)
+        ]
         found[stem] = float(np.median(differences))
     return found
 

@@ -27,7 +27,7 @@ from engine.schedule import make_schedule
 from export.patch_vae import Decoder, PatchVAE
 from export.stem_unet import StemUNet
 from training.dataset import FRAMES, draw, load_songs
-from training.distill import HARMONY_GUIDANCE, SHARES, STEPS, clean_from, keeping, make_table
+from training.distill import HARMONY_GUIDANCE, SHARES, STEPS, distilled, euler, make_table
 from training.loop import (
     Logs,
     add_arguments,
@@ -51,11 +51,7 @@ from training.train_unet import (
 )
 from training.train_vae import reconstruction
 
-STARTS = (
-    1,
-    2,
-    3,
-)  # places in the distilled steps from which true latents, made noisy, are sampled to the end
+STARTS = (1, 2, 3)  # places in the distilled steps: from there noisy true latents are sampled to the end
 REPEATS = 10  # the UNet's steps cost more than the decoder's: each landing is taken about ten times,
 KEPT = 64  # and at random from the last ones,
 CROP = 32  # so many latent frames of it each time,
@@ -71,7 +67,6 @@ AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at t
 UNEVEN = 0.1  # deviation of noise on what the critic hears: stored mels have steps
 SCALE = 2.0  # log mels are divided by it
 WIDTHS = (16, 32, 64, 64)
-
 
 Scores = tuple[torch.Tensor, torch.Tensor]  # of patches of mels, fine and coarse ones
 
@@ -143,15 +138,8 @@ class Landing:
 def land(unet: StemUNet, batch: Batch, start: int, alphas: torch.Tensor, scale: float) -> Landing:
     """The distilled steps from place `start` of STEPS to the end, of the batch's true latents made noisy."""
     table = make_table(STEPS, batch.latents.device)
-    rows = torch.ones(len(batch.latents), dtype=torch.int64, device=batch.latents.device)
     x = table.alpha[start] * batch.latents + table.noise[start] * torch.randn_like(batch.latents)
-    clean = x
-    for i in range(start, STEPS):
-        t = table.timesteps[i] * rows
-        clean = keeping(batch, clean_from(unet, x, t, alphas, batch.inputs, distilled=True))
-        if i + 1 < STEPS:  # Euler's step, as engine.samplers takes it
-            noise = (x - table.alpha[i] * clean) / table.noise[i]
-            x = table.alpha[i + 1] * clean + table.noise[i + 1] * noise
+    clean = euler(distilled(unet, batch, alphas), x, table, start)
     known = batch.inputs["context_mask"].mean(2) > 0.99
     asked = (batch.loss_mask > 0).float()
     return Landing(
