@@ -216,3 +216,13 @@ def test_a_vae_takes_the_averaged_decoder(tmp_path: Path, rivals: Rivals) -> Non
     for mine, theirs in zip(vae.decoder.parameters(), rivals.decoder.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert torch.equal(vae.encoder.linear.weight, before)
+
+
+def test_a_vae_takes_a_share_of_the_averaged_decoder(tmp_path: Path, rivals: Rivals) -> None:
+    write_checkpoint({"ema": rivals.state_dict()}, tmp_path)
+    vae = PatchVAE(VAE)
+    before = [weights.clone() for weights in vae.decoder.parameters()]
+    with_decoder(vae, tmp_path, 0.5)
+    trained = rivals.decoder.parameters()
+    for mine, old, new in zip(vae.decoder.parameters(), before, trained, strict=True):
+        assert torch.allclose(mine, (old + new) / 2, atol=1e-6)

@@ -131,7 +131,7 @@ def test_the_folders_are_those_that_training_goes_on_with(
 
 
 def test_blended_weights_lie_between() -> None:
-    from training.bundle import blend
+    from training.loop import blend
 
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before, target = one.weight.detach().clone(), other.weight.detach().clone()

@@ -33,7 +33,7 @@ from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
 from training.distill import HARMONY_GUIDANCE, LISTENING, STEPS
 from training.from_bundle import read_unet
-from training.loop import Network, load_ema
+from training.loop import blend, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
 from training.stems import STEMS
 from training.train_decoder import with_decoder
@@ -53,18 +53,6 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Steps and minutes of each network's training, from the last line of its log."""
     rows = {name: json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for name, run in runs.items()}
     return {name: {"steps": row["step"], "minutes": round(row["minutes"], 1)} for name, row in rows.items()}
-
-
-def blend(network: Network, other: Network, share: float) -> Network:
-    """`network` with that share of `other`'s weights, in place.
-
-    Between weights and what a training made of them lie such that forget less of what the first could do and
-    keep most of what was learnt (Wortsman and others, 2022, "Robust fine-tuning of zero-shot models").
-    """
-    with torch.no_grad():
-        for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
-            mine.lerp_(theirs, share)
-    return network
 
 
 def with_distilled(sampling: Sampling, steps: int, normal: bool) -> Sampling:
@@ -105,6 +93,9 @@ def main() -> None:
         "--harmony-guidance", type=float, default=HARMONY_GUIDANCE, help="of the tones (%(default)s)"
     )
     parser.add_argument("--keep", type=float, default=0.0, help="share of the shipped UNet in the new one")
+    parser.add_argument(
+        "--decoder-share", type=float, default=1.0, help="of runs/decoder in the VAE's (%(default)s)"
+    )
     parser.add_argument("--mask-power", type=float, default=POWER, help="exponent of split's masks")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16", help="(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
@@ -115,11 +106,14 @@ def main() -> None:
     }
     if args.keep and "distilled" in runs:
         parser.error("--keep changes the UNet that runs/distilled was taught by: distil after it")
+    training = describe_training(runs)
+    if "decoder" in runs:
+        training["decoder"]["share"] = args.decoder_share
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     if "decoder" in runs:
-        with_decoder(vae, runs["decoder"])
+        with_decoder(vae, runs["decoder"], args.decoder_share)
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
     distilled = None
     if "distilled" in runs:
@@ -153,7 +147,7 @@ def main() -> None:
         name="backline-default",
         version=args.version,
         licence="GPL-3.0-or-later",
-        provenance={"text": PROVENANCE, "songs": len(songs), "training": describe_training(runs)} | kept,
+        provenance={"text": PROVENANCE, "songs": len(songs), "training": training} | kept,
         stems=STEMS,
         mel=GEOMETRY,
         latent=Latent(channels=vae.config.latents, frames=LATENT_FRAMES, freq=1, scale_factor=frozen.scale),

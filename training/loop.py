@@ -241,3 +241,15 @@ def load_ema(out: Path, model: Network) -> Network:
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["ema"])
     return model.eval().requires_grad_(False)
+
+
+def blend(network: Network, other: Network, share: float) -> Network:
+    """`network` with that share of `other`'s weights, in place.
+
+    Between weights and what a training made of them lie such that forget less of what the first could do and
+    keep most of what was learnt (Wortsman and others, 2022, "Robust fine-tuning of zero-shot models").
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, share)
+    return network

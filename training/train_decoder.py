@@ -11,6 +11,7 @@ exact, or gets a little noise, so the decoder keeps what it could. Encoder and U
 from __future__ import annotations
 
 import argparse
+import copy
 from collections import deque
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,6 +32,7 @@ from training.distill import HARMONY_GUIDANCE, SHARES, STEPS, distilled, euler, 
 from training.loop import (
     Logs,
     add_arguments,
+    blend,
     fixed_draws,
     load_ema,
     loop_config,
@@ -218,9 +220,10 @@ def compare(decoder: Decoder, given: Landing) -> Logs:
     }
 
 
-def with_decoder(vae: PatchVAE, run: Path) -> PatchVAE:
-    """The VAE with the averaged weights of a folder of this training in its decoder, in place."""
-    vae.decoder.load_state_dict(load_ema(run, Rivals(vae.decoder)).decoder.state_dict())
+def with_decoder(vae: PatchVAE, run: Path, share: float = 1.0) -> PatchVAE:
+    """The VAE, in place, with that share of a folder's averaged weights in its decoder."""
+    trained = load_ema(run, Rivals(copy.deepcopy(vae.decoder))).decoder
+    blend(vae.decoder, trained, share)
     return vae
 
 

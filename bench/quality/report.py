@@ -80,7 +80,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis, ((part, unit), rows) in zip(axes, panels, strict=False):
         _panel(axis, f"{TITLES[part]}{f', {unit}' if unit else ''}", rows)
     marks = "red: bar; green: ceiling; brown: floor; blue: a peer"
-    title = f"{result['model']}, {result['windows']} windows ({marks})"
+    title = f"{result['model']}, {result['windows']} windows\n({marks})"
     figure.suptitle(title, fontsize=11, color=INK)
     figure.savefig(path, format="png", metadata={"Software": None})
 
