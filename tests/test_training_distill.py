@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from export.stem_unet import StemUNet, StemUNetConfig
 from training import distill
 from training.bundle import with_distilled
 from training.distill import STEPS, SUBSTEPS, Lesson, distillation_loss, make_lesson, make_table, solve
+from training.loop import load_ema, write_checkpoint
 from training.stems import STEMS
 from training.train_unet import SCHEDULE, Batch
 
@@ -164,6 +166,20 @@ def test_only_what_is_new_learns_and_it_learns(batch: Batch) -> None:
     assert distillation_loss(student, lesson, METRIC).item() < 0.5 * before
     x, t = lesson.x, torch.tensor([3, 500, 999])
     assert torch.equal(student(x, t, **batch.inputs), teacher(x, t, **batch.inputs))
+
+
+def test_a_distillation_follows_a_unet_that_was_trained_on(tmp_path: Path) -> None:
+    sizes = replace(SIZES, distilled=SCHEDULE.steps)
+    old, new = random(StemUNet(sizes)), StemUNet(SIZES)
+    write_checkpoint({"model": old.state_dict(), "ema": old.state_dict(), "step": 5}, tmp_path)
+    distill.follow(tmp_path, new)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    taught = load_ema(tmp_path, StemUNet(sizes)).state_dict()
+    assert state["step"] == 5
+    for name, weights in new.state_dict().items():
+        assert torch.equal(taught[name], weights) and torch.equal(state["model"][name], weights)
+    own = [name for name in taught if name not in new.state_dict()]
+    assert own and all(torch.equal(taught[name], old.state_dict()[name]) for name in own)
 
 
 def test_neither_what_is_known_nor_the_tones_count(batch: Batch) -> None:
