@@ -107,13 +107,12 @@ def main() -> None:
     if args.keep and "distilled" in runs:
         parser.error("--keep changes the UNet that runs/distilled was taught by: distil after it")
     training = describe_training(runs)
-    if "decoder" in runs:
-        training["decoder"]["share"] = args.decoder_share
     songs = load_songs(args.data / "train")
     frozen = freeze(runs["vae"], runs["towers"], runs["unet"] / STATISTICS, songs)
     vae, towers = frozen.vae, frozen.towers
     if "decoder" in runs:
         with_decoder(vae, runs["decoder"], args.decoder_share)
+        training["decoder"]["share"] = args.decoder_share
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
     distilled = None
     if "distilled" in runs:
