@@ -35,6 +35,7 @@ from training.train_unet import (
     draw_timesteps,
     make_batch,
     mask_loss,
+    with_splits,
 )
 
 LENGTH = 16  # latent frames
@@ -239,7 +240,7 @@ def loss_of(
 def test_the_true_v_costs_nothing(batch: Batch, frozen: Frozen) -> None:
     t = torch.full((len(batch.latents),), 500)
     value, logs = loss_of(batch, frozen, torch.zeros_like(batch.latents), t)
-    assert value < 1e-6 and logs.keys() == {"mse"}
+    assert value < 1e-6 and logs.keys() == {"mse", "mse_made"}
 
 
 def test_an_error_costs_by_channel_and_by_what_is_asked_for(batch: Batch, frozen: Frozen) -> None:
@@ -517,3 +518,12 @@ def test_statistics_are_measured_once(
     windows = draw([song(0)], 64, np.random.default_rng(0), frames=32)
     latents, _ = first.vae.moments(windows.mels.flatten(0, 1)[:, None])
     assert float((latents * first.scale).std()) == pytest.approx(1, rel=1e-4)
+
+
+def test_splits_take_their_share_and_leave_the_others_their_proportion() -> None:
+    shares = with_splits(SHARES, 0.1)
+    assert shares["split"] == 0.1 and sum(shares.values()) == pytest.approx(1)
+    assert shares["fill"] / shares["generate"] == pytest.approx(SHARES["fill"] / SHARES["generate"])
+    assert with_splits(SHARES, SHARES["split"]) == pytest.approx(SHARES)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        with_splits(SHARES, 1.1)

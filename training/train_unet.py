@@ -166,7 +166,6 @@ def make_batch(
     """
     batch, stems, frames, _ = windows.mels.shape
     length = frames // LATENT_FRAMES
-    shares = shares if favoured is None else FAVOURING
     tasks = draw_tasks(batch, length, shares, rng, favoured)
     mixture_mel = windows.mixture.clone()
     parts = torch.from_numpy(tasks.mixed.any(1) & ~tasks.mixed.all(1))
@@ -215,6 +214,17 @@ def _film(windows: Windows, frozen: Frozen, rng: np.random.Generator) -> torch.T
     return film
 
 
+def with_splits(shares: dict[str, float], split: float) -> dict[str, float]:
+    """The shares with that one of splits, the others in the proportion they had. Raises ValueError outside
+    0 to 1."""
+    if not 0 <= split <= 1:
+        raise ValueError(f"the share of splits is from 0 to 1, not {split}")
+    others = {task: share for task, share in shares.items() if task != "split"}
+    return {"split": split} | {
+        task: share / sum(others.values()) * (1 - split) for task, share in others.items()
+    }
+
+
 def draw_timesteps(batch: Batch, rng: np.random.Generator, device: str) -> torch.Tensor:
     """(B,) uniform; splits mostly at the last step, where the network predicts the stems' posterior mean."""
     t = torch.from_numpy(rng.integers(0, LAST + 1, len(batch.splits)))
@@ -247,6 +257,8 @@ def diffusion_loss(
     loss = per_sample.mean()
     logs = {"mse": loss.item()}
     first = batch.splits & (t == LAST)
+    if not batch.splits.all():
+        logs["mse_made"] = per_sample[~batch.splits].mean().item()
     if first.any():
         estimate = (a * x - s * v)[first] / frozen.scale
         masked = mask_loss(decoder, estimate, batch.mels[first], batch.mixture[first], device)
@@ -319,7 +331,16 @@ def main() -> None:
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
     parser.add_argument("--harmony", type=Path, help="training folder of the tones' part, held as it is")
     parser.add_argument("--favour", choices=STEMS, help="a stem to train more than the others")
+    parser.add_argument(
+        "--split-share", type=float, help=f"of the tasks; less where a separator splits ({SHARES['split']})"
+    )
     args = parser.parse_args()
+    shares = FAVOURING if args.favour else SHARES
+    if args.split_share is not None:
+        try:
+            shares = with_splits(shares, args.split_share)
+        except ValueError as error:
+            parser.error(str(error))
     config = loop_config(args, validate_every=300.0)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
@@ -331,7 +352,7 @@ def main() -> None:
         hold_harmony(model, args.harmony, config.out)
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
-    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured)
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured, shares)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
     def loss_of(network: StemUNet, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
