@@ -14,7 +14,7 @@ from engine.audio import Audio, add_into, check, empty, fit, is_silent, resample
 from engine.conditions import check_tempo, chords_condition, grid_condition, parse_chords, prompt_film
 from engine.errors import UsageError
 from engine.harmony import UNPITCHED, heard_chords
-from engine.lead_sheet import draw_bpm, draw_chords
+from engine.lead_sheet import draw_bpm, draw_chords, metre_in
 from engine.listening import gain_to, model_signal, signal_level, window_mel
 from engine.manifest import Manifest
 from engine.model import Model
@@ -62,10 +62,11 @@ def generate(
 
     text, audio: prompts. bpm, beats_per_bar, first_beat (seconds): the tempo grid. chords: a chart such as
     "C | Am | F G | G7", one cell a bar, repeated over the length. What of tempo and chords is not told is
-    drawn from the seed where the model takes both, as a band that plays together needs them, but not with a
-    prompt, which may speak of them, and not where the band is to be `free`. batch: takes that differ in
-    settings.seed alone and are sampled together, unless something is drawn. callback(phase, fraction of the
-    job) raises to cancel.
+    drawn from the seed where the model takes both, as a band that plays together needs them, and as the text
+    says where it speaks of them; not with an audio prompt, which has its own, and not where the band is to be
+    `free`. Where the tempo is drawn, a text that asks for a waltz has three beats a bar. batch: takes that
+    differ in settings.seed alone and are sampled together, unless something is drawn. callback(phase,
+    fraction of the job) raises to cancel.
     Raises UsageError for a request that the model cannot meet.
     """
     # the bundle's listening is that of fill; what is told is kept without more weight
@@ -74,12 +75,13 @@ def generate(
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     started = time.perf_counter()
     stretch(callback, "listen", 0.0, 0.05)(0.0)
-    prompted = audio is not None or (text is not None and text.strip() != "")
     # chords without a tempo are refused below
-    if chords is None and not free and not prompted and model.supports("grid") and model.supports("chords"):
+    draws = chords is None and audio is None and not free
+    if draws and model.supports("grid") and model.supports("chords"):
         batch = None  # each take plays something else
-        bpm = draw_bpm(settings.seed) if bpm is None else bpm
-        chords = draw_chords(settings.seed)
+        if bpm is None:
+            bpm, beats_per_bar = draw_bpm(settings.seed, text or ""), metre_in(text or "", beats_per_bar)
+        chords = draw_chords(settings.seed, text or "")
     conditions = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
     started = clock(timings, "listen", started)
     latents = sample_timeline(

@@ -57,13 +57,38 @@ def test_what_was_drawn_is_in_the_record_and_plays_as_if_it_had_been_told(tiny_m
     assert content(take) != content(band(tiny_model, free=True))
 
 
-@pytest.mark.parametrize("asked", [{"text": "slow funk"}, {"audio": True}, {"free": True}])
-def test_nothing_is_drawn_beside_a_prompt_or_for_the_free(tiny_model: Model, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("asked", [{"audio": True}, {"free": True}, {"text": "slow funk", "free": True}])
+def test_nothing_is_drawn_beside_audio_or_for_the_free(tiny_model: Model, asked: dict[str, Any]) -> None:
     if "audio" in asked:
         noise = np.random.default_rng(0).normal(0, 0.1, (1, VOCODER_RATE)).astype(np.float32)
         asked = {"audio": Audio(noise, VOCODER_RATE)}
     request = band(tiny_model, **asked).record["request"]
     assert request["bpm"] is None and request["chords"] is None
+
+
+def test_what_is_drawn_is_what_the_prompt_says() -> None:
+    slow, fast = (np.array([draw_bpm(seed, f"a {pace} band") for seed in SEEDS]) for pace in ("slow", "Fast"))
+    assert slow.min() >= 70 and slow.max() <= 92 and fast.min() >= 128 and fast.max() <= 152
+    assert len(set(slow)) > 10 and len(set(fast)) > 10
+    assert {draw_bpm(seed, "fast, at 87.5 BPM") for seed in SEEDS} == {87.5}
+    keys = {draw_chords(seed, "in minor").split(" | ")[0][-1] for seed in SEEDS}
+    assert keys == {"m", "7"}, "minor, or its seventh"
+    assert any("maj7" in draw_chords(seed, "in major") for seed in SEEDS)
+    assert not any("maj7" in draw_chords(seed, "in minor") for seed in SEEDS)
+
+
+@pytest.mark.parametrize("prompt", ["", "rock band", "breakfast slowly", "at 900 bpm", "major or minor"])
+def test_what_the_prompt_does_not_say_is_drawn_as_without_one(prompt: str) -> None:
+    assert [draw_bpm(seed, prompt) for seed in SEEDS] == [draw_bpm(seed) for seed in SEEDS]
+    assert [draw_chords(seed, prompt) for seed in SEEDS] == [draw_chords(seed) for seed in SEEDS]
+
+
+def test_a_prompt_has_its_tempo_metre_and_chords(tiny_model: Model) -> None:
+    request = band(tiny_model, text="slow waltz in minor").record["request"]
+    assert request["bpm"] == draw_bpm(4, "slow") and request["chords"] == draw_chords(4, "minor")
+    assert request["beats_per_bar"] == 3
+    request = band(tiny_model, text="slow waltz", bpm=100).record["request"]
+    assert request["bpm"] == 100 and request["beats_per_bar"] == 4, "told a tempo, it is told its metre"
 
 
 def test_only_what_is_missing_is_drawn(tiny_model: Model, plain_model: Model) -> None:
