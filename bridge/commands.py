@@ -361,7 +361,9 @@ def _report(task: str, model: Model, result: Result, json_output: bool) -> None:
     played = result.record["request"]
     if task == "generate" and played["bpm"] is not None:
         chords = f": {played['chords']}" if played["chords"] else ""
-        print(f"{played['bpm']:g} bpm{chords}")
+        beats = played["beats_per_bar"]
+        metre = "" if beats == 4 else f", {beats} beats a bar"
+        print(f"{played['bpm']:g} bpm{metre}{chords}")
     print_table(None, ["", "file"], [[name, str(path)] for name, path in result.files.items()])
     print(
         f"{result.audio_seconds:.1f} s of audio in {result.seconds:.1f} s (real-time factor "

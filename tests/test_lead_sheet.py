@@ -111,5 +111,7 @@ def test_the_command_says_what_it_drew(
     options = ["--model", str(tiny_bundle), "--seconds", "1", "--seed", "4", "--no-picture"]
     done = backline(capsys, "generate", "--out", tmp_path / "a", *options)
     assert f"{draw_bpm(4):g} bpm: {draw_chords(4)}" in done.out
+    done = backline(capsys, "generate", "--out", tmp_path / "c", "--text", "a slow waltz", *options)
+    assert f"{draw_bpm(4, 'slow'):g} bpm, 3 beats a bar: {draw_chords(4)}" in done.out
     done = backline(capsys, "generate", "--out", tmp_path / "b", "--free", "--json", *options)
     assert done.json["take"]["request"]["bpm"] is None
