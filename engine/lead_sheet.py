@@ -43,7 +43,7 @@ def draw_bpm(seed: int, prompt: str = "") -> float:
     named = re.search(r"\b(\d+(?:\.\d+)?) *bpm\b", prompt.lower())
     if named and MIN_BPM <= float(named[1]) <= MAX_BPM:
         return float(named[1])
-    pace = next((range_ for word, range_ in PACES.items() if word in _words(prompt)), (SLOWEST, FASTEST))
+    pace = next((bounds for word, bounds in PACES.items() if word in _words(prompt)), (SLOWEST, FASTEST))
     low, high = np.log(pace)
     return float(np.round(np.exp(_generator(seed, 0).uniform(low, high))))
 
