@@ -79,9 +79,10 @@ def generate(
     draws = chords is None and audio is None and not free
     if draws and model.supports("grid") and model.supports("chords"):
         batch = None  # each take plays something else
+        said = text or ""
         if bpm is None:
-            bpm, beats_per_bar = draw_bpm(settings.seed, text or ""), metre_in(text or "", beats_per_bar)
-        chords = draw_chords(settings.seed, text or "")
+            bpm, beats_per_bar = draw_bpm(settings.seed, said), metre_in(said, beats_per_bar)
+        chords = draw_chords(settings.seed, said)
     conditions = _told(model, text, audio, bpm, chords, beats_per_bar, first_beat)
     started = clock(timings, "listen", started)
     latents = sample_timeline(

@@ -27,12 +27,12 @@ from training.loop import (
     Logs,
     add_arguments,
     fixed_draws,
+    give_weights,
     load_ema,
     loop_config,
     means,
     mixed_precision,
     train,
-    write_checkpoint,
 )
 from training.train_unet import (
     SCHEDULE,
@@ -235,17 +235,6 @@ def start_from(run: Path, frozen: Frozen) -> tuple[StemUNet, StemUNet]:
     return student, teacher
 
 
-def follow(out: Path, unet: StemUNet) -> None:
-    """Gives the checkpoint of this training the weights of a UNet that has been trained on since."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for kind in ("model", "ema"):
-        state[kind].update(unet.state_dict())
-    write_checkpoint(state, out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,7 +251,7 @@ def main() -> None:
     frozen = freeze(args.runs / "vae", args.runs / "towers", args.runs / "unet" / STATISTICS, songs)
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     student, teacher = start_from(args.runs / "unet", frozen)
-    follow(args.out, teacher)
+    give_weights(args.out, teacher.state_dict())  # it may have been trained on since
     teacher.to(args.device)
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))

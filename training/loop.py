@@ -187,6 +187,17 @@ def write_checkpoint(state: dict[str, Any], out: Path) -> None:
     temporary.replace(out / "checkpoint.pt")
 
 
+def give_weights(out: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Puts these weights over those of the same names in a training folder, if it has a checkpoint."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for kind in ("model", "ema"):
+        state[kind].update(weights)
+    write_checkpoint(state, out)
+
+
 def _report(
     config: LoopConfig, step: int, spent: float, window: list[Logs], validation: Logs, bar: tqdm
 ) -> None:

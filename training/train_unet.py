@@ -33,12 +33,12 @@ from training.loop import (
     Logs,
     add_arguments,
     fixed_draws,
+    give_weights,
     load_ema,
     loop_config,
     means,
     mixed_precision,
     train,
-    write_checkpoint,
 )
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES, TONES, WINDOW
 from training.stems import STEMS
@@ -117,14 +117,7 @@ def hold_harmony(model: StemUNet, harmony: Path, out: Path) -> None:
     if model.harmony is None:
         raise ValueError("the latents of this VAE name no tones, so the UNet has no harmony")
     load_ema(harmony, model.harmony)
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    held = {f"harmony.{name}": weight for name, weight in model.harmony.state_dict().items()}
-    for weights in (state["model"], state["ema"]):
-        weights.update(held)
-    write_checkpoint(state, out)
+    give_weights(out, {f"harmony.{name}": weight for name, weight in model.harmony.state_dict().items()})
 
 
 @torch.no_grad()
