@@ -23,10 +23,10 @@ LOG = VENV / "install.log"
 CONSTRAINTS = ROOT / "constraints.txt"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 OLDEST = (3, 11)
-DEFAULT_MARKERS = "not slow and not gpu and not daw"
+DEFAULT_MARKERS = "not slow and not gpu"
 USAGE = """\
 python3 run.py demo [options]       the main job on the model that ships with it; leaves wavs and pictures
-python3 run.py test [pytest args]   the tests (slow, gpu and daw tests only when -m asks for them)
+python3 run.py test [pytest args]   the tests, without arguments on all cores (slow and gpu ones only with -m)
 python3 run.py lint                 ruff and mypy
 python3 run.py backline COMMAND     any other command of Backline, set up in the same way"""
 
@@ -46,13 +46,19 @@ def main() -> int:
         markers = [] if any(argument.startswith("-m") for argument in rest) else ["-m", DEFAULT_MARKERS]
         os.chdir(ROOT)
         return install([runtime(), "export", "dev", *more]) or start(
-            [str(PYTHON), "-m", "pytest", *markers, *rest]
+            [str(PYTHON), "-m", "pytest", *markers, *(rest or on_all_cores())]
         )
     if command == "lint":
         os.chdir(ROOT)
         return install([runtime(), "export", "dev", *more]) or lint()
     print(USAGE)
     return 0 if command in ("help", "-h", "--help") else 2
+
+
+def on_all_cores() -> list[str]:
+    """Pytest's arguments for a process per core, up to four, whose networks take one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
 
 
 def fail(sentence: str) -> int:

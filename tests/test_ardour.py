@@ -41,7 +41,10 @@ from plugin_host.host import Span, TrackHost, bounce
 
 REQUIRED = bool(os.environ.get("BACKLINE_REQUIRE_DAW"))
 MISSING = ardour_session.missing()
-pytestmark = pytest.mark.skipif(MISSING is not None and not REQUIRED, reason=MISSING or "")
+pytestmark = [
+    pytest.mark.daw,
+    pytest.mark.skipif(MISSING is not None and not REQUIRED, reason=MISSING or ""),
+]
 
 RATE = 48000
 SECONDS = 6.0
