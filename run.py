@@ -58,7 +58,7 @@ def main() -> int:
 def on_all_cores() -> list[str]:
     """Pytest's arguments for a process per core, up to four, whose networks take one thread each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
+    return ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def fail(sentence: str) -> int:

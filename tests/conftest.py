@@ -40,7 +40,7 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def tiny_reference_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference's networks, imported: four stems at 8 kHz, random weights; do not write into it."""
     folder = tmp_path_factory.mktemp("reference")
-    tree = small_config(in_channels=4, out_channels=4, channel_mult=[1, 2])
+    tree = small_config(in_channels=4, out_channels=4)
     tree |= {"num_stems": 4, "stems": ["bass", "drums", "guitar", "piano"]}
     torch.save(random_checkpoint(write_config(folder / "config.json", tree)), folder / "last.ckpt")
     import_checkpoint(folder / "last.ckpt", folder / "config.json", folder / "bundle")

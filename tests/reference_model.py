@@ -37,7 +37,7 @@ def small_config(**unet: Any) -> dict[str, Any]:
             "dims": 3,
             "attention_resolutions": [4, 2],
             "num_res_blocks": 1,
-            "channel_mult": [1, 2, 3],
+            "channel_mult": [1, 2],
             "num_head_channels": 8,
             "use_spatial_transformer": False,
         }

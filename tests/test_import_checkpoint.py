@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "three stems, three levels": ({}, {}),
+    "three stems, three levels": ({"channel_mult": [1, 2, 3]}, {}),
     "five stems, five levels, condition added": (
         {
             "in_channels": 5,
@@ -92,7 +92,6 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unconditional, two blocks a level, heads counted": (
         {
             "num_res_blocks": 2,
-            "channel_mult": [1, 2],
             "num_head_channels": -1,
             "num_heads": 4,
             "extra_film_condition_dim": None,
@@ -280,7 +279,7 @@ def test_missing_misshapen_and_broken_tensors_are_named(files: Files) -> None:
     key = "model_ema.diffusion_modelmiddle_block1qkvweight"
     assert key in files.refused(files.saved("missing.ckpt", **{key: None}))
     sentence = files.refused(files.saved("shape.ckpt", **{key: torch.zeros(3, 4, 1)}))
-    assert key in sentence and "[3, 4, 1]" in sentence and "[288, 96, 1]" in sentence
+    assert key in sentence and "[3, 4, 1]" in sentence and "[192, 64, 1]" in sentence
     broken = torch.full((288, 96, 1), float("nan"))
     assert key in files.refused(files.saved("nan.ckpt", **{key: broken}))
     assert "scale_factor" in files.refused(files.saved("scale.ckpt", scale_factor=None))
