@@ -48,6 +48,9 @@ EXPLAINED = 2.0
 POSTERIOR_STEPS = 64
 POSTERIOR_QUALITY = {"draft": 0.5, "normal": 1.0, "best": 2.0}  # times POSTERIOR_STEPS
 POSTERIOR_SAMPLER = "euler"
+# In semitones, what a separator hears the mix transposed by at `best`: where it errs differs with the pitch.
+# On 64 windows of songs and sounds it never heard it gains 0.2 dB of SI-SDR, for three times the time.
+PITCHES = {"best": (-2.0, 0.0, 2.0)}
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz
 BLOCK = 1 << 21  # complex values of the masked spectrograms held at a time
 
@@ -64,11 +67,12 @@ def split(
 ) -> Take:
     """One stem per instrument with the mix's rate, channels and frame count; they sum to the mix.
 
-    method: `mask` asks the bundle's separator where it declares one; else it evaluates the posterior mean
-    given the mix once where the bundle declares `mixture` (settings.steps above 1 sample from it instead) and
-    is `dirac` otherwise; `dirac` and `gaussian` sample MSDM's posteriors on any bundle. residual: a further
-    stem takes what no stem of the UNet's explains and sums with the rest. raw: the vocoder's audio instead of
-    masks on the mix, mono on every channel, which does not sum to the mix.
+    method: `mask` asks the bundle's separator where it declares one, at the quality `best` at three PITCHES;
+    else it evaluates the posterior mean given the mix once where the bundle declares `mixture`
+    (settings.steps above 1 sample from it instead) and is `dirac` otherwise; `dirac` and `gaussian` sample
+    MSDM's posteriors on any bundle. residual: a further stem takes what no stem of the UNet's explains and
+    sums with the rest. raw: the vocoder's audio instead of masks on the mix, mono on every channel, which
+    does not sum to the mix.
     Raises UsageError for an unknown method or `raw` with `residual`.
     """
     if method not in ("mask", "dirac", "gaussian"):
@@ -88,8 +92,8 @@ def split(
     if separator is not None:
         started = time.perf_counter()
         done = 0.4 if residual else 0.7
-        heard = _separated(model, separator, mix, stretch(callback, "sample", 0.0, done))
-        masks = separator_masks(heard, separator)
+        pitches = PITCHES.get(settings.quality or "normal", (0.0,))
+        masks = _heard(model, separator, mix, pitches, callback, done)
         resolution = separator.n_fft / separator.sample_rate
         clock(timings, "sample", started)
     if masks is None or residual:
@@ -182,6 +186,37 @@ def timeline_mels(signal: FloatArray, manifest: Manifest, total: int, gain: floa
         mels[start * ratio : (start + frames) * ratio] = window_mel(signal, manifest, start, frames, gain)
         release(mels)
     return mels
+
+
+def _heard(
+    model: Model,
+    separator: Separator,
+    mix: Audio,
+    pitches: tuple[float, ...],
+    callback: Callback | None,
+    done: float,
+) -> Masks:
+    """The mean of the masks that the separator makes of the mix played faster by each of these semitones.
+
+    done: the fraction of the job that this is, its first.
+    """
+    heard: list[Masks] = []
+    share = done / len(pitches)
+    for number, semitones in enumerate(pitches):
+        played = Audio(mix.samples, round(mix.sample_rate * 2 ** (semitones / 12)))
+        report = stretch(callback, "sample", number * share, (number + 1) * share)
+        stored = _separated(model, separator, played, report)
+        heard.append(_as_played(separator_masks(stored, separator), played.sample_rate / mix.sample_rate))
+    return heard[0] if len(heard) == 1 else _mean_of(heard)
+
+
+def _as_played(masks: Masks, speed: float) -> Masks:
+    """Masks of a mix that was played this many times as fast, for the mix as it is."""
+    return lambda seconds, hz: masks(seconds / speed, hz * speed)
+
+
+def _mean_of(heard: list[Masks]) -> Masks:
+    return lambda seconds, hz: np.mean([masks(seconds, hz) for masks in heard], axis=0, dtype=np.float32)
 
 
 def _separated(model: Model, separator: Separator, mix: Audio, report: Report) -> FloatArray:
@@ -319,7 +354,7 @@ def stft_size(sample_rate: int, seconds: float = STFT_SECONDS) -> int:
 
 
 def _resolve(settings: Settings, manifest: Manifest, one_look: bool) -> Settings:
-    """As engine.take.resolve, with the defaults of separation: one look is the best at any quality."""
+    """As engine.take.resolve, with the defaults of separation: of the UNet one look is the best."""
     if settings.steps is None:
         share = POSTERIOR_QUALITY.get(settings.quality or "normal", 1.0)
         many = min(manifest.schedule.steps, round(share * max(manifest.sampling.steps, POSTERIOR_STEPS)))

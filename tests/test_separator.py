@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from default_family import networks
+from numpy.typing import NDArray
 from torch import nn
 
 from engine.audio import Audio
@@ -137,16 +138,46 @@ def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_p
                 assert np.abs(ours.stems["bass"].samples - theirs.stems["bass"].samples).max() > 1e-3
 
 
+def test_best_hears_the_mix_at_three_pitches(
+    tiny_default_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks that part tones wherever and whenever these are played part them as they are in the mix."""
+    model = Model.open(tiny_default_bundle, "cpu", 1)
+    t = np.arange(3 * 44100) / 44100
+    low, drums = 0.2 * np.sin(2 * np.pi * 500 * t), 0.1 * np.sin(2 * np.pi * 2000 * t) * (t > 2.2)
+    true = {"bass": low * (t > 2.2), "drums": drums, "guitar": low * (t <= 2.2)}
+    heard: list[int] = []
+
+    def parted(magnitudes: NDArray[np.float32]) -> NDArray[np.float32]:
+        masks = np.zeros((4, *magnitudes.shape), np.float32)
+        heard.append(int(magnitudes.mean(0).argmax()))  # the bin of the bass, as played
+        masks[0, :, : 2 * heard[-1]], masks[1, :, 2 * heard[-1] :] = 1, 1
+        early = magnitudes[:, 3 * heard[-1] :].max(1) < 0.2 * magnitudes.max()
+        masks[:, early], masks[2, early] = 0, 1
+        return masks
+
+    monkeypatch.setattr(model, "separate", parted)
+    mix = Audio((low + drums)[None].astype(np.float32), 44100)
+    for quality, bins in (("normal", {16}), ("best", {14, 16, 18})):  # of 8000 / 256 Hz
+        heard.clear()
+        take = split(model, mix, settings=Settings(seed=1, quality=quality))  # type: ignore[arg-type]
+        assert set(heard) == bins
+        assert np.abs(take.mix().samples - mix.samples).max() < 1e-5
+        for stem, part in true.items():
+            error = take.stems[stem].samples[0] - part
+            assert (error**2).sum() < 0.03 * (part**2).sum(), (quality, stem)
+
+
 def test_progress_never_goes_back(tiny_default_bundle: Path) -> None:
     """Not even with a residual, for which the UNet listens after the separator."""
     mix = Audio(np.random.default_rng(0).standard_normal((1, 30000)).astype(np.float32), 8000)
-    for residual in (False, True):
+    for residual, quality in ((False, "normal"), (True, "normal"), (False, "best"), (True, "best")):
         told: list[float] = []
         split(
             Model.open(tiny_default_bundle, "cpu", 1),
             mix,
             residual=residual,
-            settings=Settings(seed=1),
+            settings=Settings(seed=1, quality=quality),  # type: ignore[arg-type]
             callback=lambda phase, fraction, told=told: told.append(fraction),  # type: ignore[misc]
         )
         assert told == sorted(told) and told[-1] == 1.0
