@@ -164,8 +164,8 @@ def test_commands(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         assert run.main() == 0
     assert started[0][-3:] == ["demo", "--seconds", "5"] and started[1][-1] == "doctor"
-    assert started[2][-8:] == ["-m", run.DEFAULT_MARKERS, *run.on_all_cores()]
-    assert started[3][-3:] == ["pytest", "-m", "slow"]
+    pytest_of = [command[command.index("pytest") + 1 :] for command in started[2:]]
+    assert pytest_of == [["-m", run.DEFAULT_MARKERS, *run.on_all_cores()], ["-m", "slow"]]
     assert [set(asked) for asked in run.asked] == [{"cpu"}, {"cpu", "export", "dev"}]
     monkeypatch.setattr(sys, "argv", ["run.py", "explode"])
     assert run.main() == 2
