@@ -200,23 +200,18 @@ def _heard(
 
     done: the fraction of the job that this is, its first.
     """
-    heard: list[Masks] = []
+    heard: list[tuple[float, Masks]] = []
     share = done / len(pitches)
     for number, semitones in enumerate(pitches):
         played = Audio(mix.samples, round(mix.sample_rate * 2 ** (semitones / 12)))
         report = stretch(callback, "sample", number * share, (number + 1) * share)
         stored = _separated(model, separator, played, report)
-        heard.append(_as_played(separator_masks(stored, separator), played.sample_rate / mix.sample_rate))
-    return heard[0] if len(heard) == 1 else _mean_of(heard)
+        heard.append((played.sample_rate / mix.sample_rate, separator_masks(stored, separator)))
 
+    def masks(seconds: Array, hz: Array) -> FloatArray:
+        return np.mean([of(seconds / speed, hz * speed) for speed, of in heard], axis=0, dtype=np.float32)
 
-def _as_played(masks: Masks, speed: float) -> Masks:
-    """Masks of a mix that was played this many times as fast, for the mix as it is."""
-    return lambda seconds, hz: masks(seconds / speed, hz * speed)
-
-
-def _mean_of(heard: list[Masks]) -> Masks:
-    return lambda seconds, hz: np.mean([masks(seconds, hz) for masks in heard], axis=0, dtype=np.float32)
+    return masks
 
 
 def _separated(model: Model, separator: Separator, mix: Audio, report: Report) -> FloatArray:
