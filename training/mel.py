@@ -38,7 +38,9 @@ def log_mel(audio: torch.Tensor, geometry: Mel = GEOMETRY) -> torch.Tensor:
         spectrum = torch.stft(
             audio, n_fft, geometry.hop, window=window, center=True, pad_mode="reflect", return_complex=True
         )
-        parts.append(spectrum.abs().transpose(1, 2) @ filters.to(audio.device))
+        # torch's abs of complex numbers is three times slower on a CPU; below the clamp no gradient is 0 / 0
+        magnitude = (spectrum.real.square() + spectrum.imag.square()).clamp_min(1e-16).sqrt()
+        parts.append(magnitude.transpose(1, 2) @ filters.to(audio.device))
     mel = torch.cat(parts, 2)
     return mel.clamp_min(geometry.floor).log()[:, : audio.shape[-1] // geometry.hop]
 
