@@ -6,6 +6,7 @@ import argparse
 import copy
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,17 @@ import torch
 from torch import nn
 
 from training import loop
-from training.loop import Logs, LoopConfig, add_arguments, learning_rate, load_ema, loop_config, means, train
+from training.loop import (
+    Logs,
+    LoopConfig,
+    add_arguments,
+    learning_rate,
+    load_ema,
+    loop_config,
+    make_optimisers,
+    means,
+    train,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +150,30 @@ def test_the_average_follows_the_weights(tmp_path: Path) -> None:
     loaded = load_ema(tmp_path, copy.deepcopy(model))
     assert torch.equal(loaded.weight, average.weight)
     assert not loaded.training and not loaded.weight.requires_grad
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_muon_moves_the_matrices_and_goes_on_with_its_momentum(tmp_path: Path) -> None:
+    """Interrupted and called again it ends where it would have, to the last bit."""
+
+    def config(folder: str) -> LoopConfig:
+        return LoopConfig(tmp_path / folder, 1.0, lr=0.01, warmup=1, validate_every=20, muon=True)
+
+    def interrupted(model: nn.Linear, step: int) -> tuple[torch.Tensor, Logs]:
+        if step == 40:
+            raise KeyboardInterrupt
+        return error(model, step)
+
+    model = network()
+    taken = [optimiser.param_groups[0]["params"] for optimiser in make_optimisers(model, config("whole"))]
+    assert [[p is model.weight for p in params] for params in taken] == [[True], [False]]
+    whole = train(model, error, config("whole"), quiet)
+    plain = train(network(), error, replace(config("plain"), muon=False), quiet)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), interrupted, config("parts"), quiet)
+    again = train(network(), error, config("parts"), quiet)
+    assert torch.equal(again.weight, whole.weight) and torch.equal(again.bias, whole.bias)
+    assert not torch.allclose(whole.weight, plain.weight, atol=1e-3)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

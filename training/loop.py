@@ -36,6 +36,10 @@ class LoopConfig:
     ema: float = 0.999
     validate_every: float = 180.0  # s; checkpoints are written then too
     device: str = "cpu"
+    muon: bool = False  # see `make_optimisers`
+
+
+MUON_DECAY = 0.05
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -107,11 +111,9 @@ def train(
     config.out.mkdir(parents=True, exist_ok=True)
     model.to(config.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
-    step, spent = _resume(config, model, ema, optimiser)
-    first = 0 if optimiser.state else step  # weights without their optimiser's state are warmed up again
+    optimisers = make_optimisers(model, config)
+    step, spent = _resume(config, model, ema, optimisers)
+    first = 0 if optimisers[0].state else step  # weights without their optimiser's state are warmed up again
     begun = round(spent / 60, 2)
     bar = tqdm(total=config.minutes, initial=begun, unit="min", desc=config.out.name, mininterval=5)
     window: list[Logs] = []
@@ -119,15 +121,16 @@ def train(
     next_validation = spent + config.validate_every
     while spent < config.minutes * 60:
         rate = learning_rate(config, step - first, spent / (config.minutes * 60))
-        for group in optimiser.param_groups:
+        for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
             group["lr"] = rate
         value, logs = loss(model, step)
         if not torch.isfinite(value):
             raise RuntimeError(f"the loss is {value.item()} at step {step}; lower --lr or start again")
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
         step += 1
         window.append({"loss": value.item(), **logs})
@@ -137,10 +140,28 @@ def train(
         bar.update(0)
         if spent >= next_validation or spent >= config.minutes * 60:
             _report(config, step, spent, window, validate(ema), bar)
-            _save(config, model, ema, optimiser, step, spent)
+            _save(config, model, ema, optimisers, step, spent)
             window, next_validation, last = [], spent + config.validate_every, time.monotonic()
     bar.close()
     return ema
+
+
+def make_optimisers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; with config.muon only for what is not the matrix of a linear layer.
+
+    Those take Muon's steps then (Jordan and others 2024, "Muon: an optimizer for hidden layers in neural
+    networks"), as large as AdamW's, so one rate serves both (Liu and others 2025, arXiv:2502.16982).
+    """
+    matrices: list[nn.Parameter] = []
+    if config.muon:
+        matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=MUON_DECAY, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
@@ -149,7 +170,7 @@ def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _resume(
-    config: LoopConfig, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer
+    config: LoopConfig, model: nn.Module, ema: nn.Module, optimisers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
     path = config.out / "checkpoint.pt"
     if not path.exists():
@@ -157,8 +178,9 @@ def _resume(
     state = torch.load(path, map_location=config.device, weights_only=True)
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    if "optimiser" in state:  # training.from_bundle has none
-        optimiser.load_state_dict(state["optimiser"])
+    # training.from_bundle has none
+    for optimiser, kept in zip(optimisers, state.get("optimisers", []), strict=False):
+        optimiser.load_state_dict(kept)
     return state["step"], state["spent"]
 
 
@@ -166,14 +188,14 @@ def _save(
     config: LoopConfig,
     model: nn.Module,
     ema: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimisers: list[torch.optim.Optimizer],
     step: int,
     spent: float,
 ) -> None:
     state = {
         "model": model.state_dict(),
         "ema": ema.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         "step": step,
         "spent": spent,
     }
