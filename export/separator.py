@@ -3,7 +3,8 @@
 The UNet hears a mix through 64 numbers per four frames, which is enough to play along and too coarse to take
 it apart. This network sees every bin, split into bands as in Band-Split RNN (Luo & Yu 2022,
 arXiv:2209.15174), with convolutions over time and bands where that has recurrences, and a track that sees
-the whole spectrum at once, for what harmonics share.
+the whole spectrum at once, for what harmonics share. The convolutions are dense: depthwise ones read as much
+memory for a hundredth of the products, and matrix units are what processors have to spare.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ class SeparatorConfig:
     stems: int = 4
     bands: tuple[tuple[int, int], ...] = ((16, 4), (16, 8), (16, 16), (12, 48))  # how many, of how many bins
     patch: int = 2  # frames per step in time
-    dim: int = 48
-    blocks: int = 6
-    expansion: float = 2.0
+    dim: int = 128
+    blocks: int = 8
     seen: int = 8  # numbers of each band that the track reads and writes
     track: int = 256
     floor: float = 1e-3  # of the mix's root mean square
@@ -108,26 +108,32 @@ class Block(nn.Module):
 
     def __init__(self, config: SeparatorConfig, dilation: int) -> None:
         super().__init__()
-        c, hidden = config, int(config.dim * config.expansion)
-        self.depthwise = nn.Conv2d(
-            c.dim, c.dim, (5, 3), padding=(2 * dilation, 1), dilation=(dilation, 1), groups=c.dim
-        )
+        c = config
         self.norm = nn.LayerNorm(c.dim)
-        self.expand = nn.Linear(c.dim, hidden)
-        self.project = nn.Linear(hidden, c.dim)
+        self.dilation = dilation
+        self.convolve = nn.Linear(9 * c.dim, c.dim)  # the weights of a convolution over 3 x 3, as a matrix
+        self.project = nn.Linear(c.dim, c.dim)
         self.read = nn.Linear(c.dim, c.seen)
         self.inward = nn.Linear(c.count * c.seen, c.track)
         self.track = ConvBlock(c.track, 1.5, kernel=9)
+        self.whole = nn.Linear(c.track, c.track)  # of what the track says on average over the window
         self.leave = nn.LayerNorm(c.track)
         self.outward = nn.Linear(c.track, c.count * c.seen)
         self.write = nn.Linear(c.seen, c.dim)
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.normal_(self.write.weight, std=0.02)
+        nn.init.zeros_(self.whole.weight)
 
     def forward(self, x: torch.Tensor, track: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        h = self.norm(self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        x = x + self.project(F.relu(self.expand(h)))
+        x = x + self.project(F.relu(self._convolved(self.norm(x))))
         heard = self.inward(self.read(x).flatten(2))
         track = self.track(heard if track is None else track + heard)
+        track = track + self.whole(track.mean(1, keepdim=True))
         told = self.outward(self.leave(track)).unflatten(2, (x.shape[2], -1))
         return x + self.write(told), track
+
+    def _convolved(self, h: torch.Tensor) -> torch.Tensor:
+        weight = self.convolve.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        reach = (self.dilation, 1)
+        made = F.conv2d(h.permute(0, 3, 1, 2), weight, self.convolve.bias, padding=reach, dilation=reach)
+        return made.permute(0, 2, 3, 1)

@@ -2,21 +2,25 @@
 
 Half of the mixtures are bands as rendered, in half each stem comes from another song: what sounds together
 by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser,
-some are overdriven, and most are played faster or slower, which moves pitches and formants alike.
+some are overdriven, and most are played faster or slower, which moves pitches and formants alike. Some take
+their low tones from one render and the high ones from another of the same notes, as no sound of the pools
+has them, and some end where samples of a low rate do.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.signal import butter, sosfilt
 
 from export.separator import Separator, SeparatorConfig
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
+from training.render import SEPARATION_RATE
 from training.stems import STEMS
 
 N_FFT, HOP = 2048, 512
@@ -26,8 +30,12 @@ FASTEST = 4.0  # semitones
 FRESH = 0.5  # share of mixtures whose stems come from different songs
 DRIVEN = 0.25  # share of stems that are overdriven, lightly to clearly
 MOVED = 0.7  # share of stems (of whole bands, where they play one song) that are played faster or slower
+CROSSED = 0.35  # share of stems of two renders
+DULL = 0.15  # share of stems that end at some frequency between those of DULLEST
+DULLEST = (2000.0, 9000.0)  # Hz
 SILENT = 0.08
 QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
+RELOAD = 200  # steps after which songs that were rendered meanwhile are taken in
 NOTHING = 1e-3  # squared magnitude, far below what is audible: a mixture may be silent
 DECIBEL = 10 / float(np.log(10))
 
@@ -63,8 +71,10 @@ def draw(
     if augment:
         spectra = spectra * _equalisers(batch, spectra.shape[-1], rng)
     mixture = spectra.sum(1)
-    shared = (mixture.conj()[:, None] * spectra).real
-    return Mixtures(mixture.abs(), shared, spectra.abs().square().sum((2, 3)))
+    shared = mixture.real[:, None] * spectra.real + mixture.imag[:, None] * spectra.imag
+    power = mixture.real.square() + mixture.imag.square()
+    energy = (spectra.real.square() + spectra.imag.square()).sum((2, 3))
+    return Mixtures(power.sqrt(), shared, energy)
 
 
 def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
@@ -75,8 +85,10 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
     for stem in range(len(STEMS)):
         if fresh:
             song, place, speed = _place(songs, rng, augment)
-        render = song[stem, int(rng.integers(song.shape[1]))]
-        played = _played(render, place, speed)
+        renders = rng.permutation(song.shape[1])
+        played = _played(song[stem, renders[0]], place, speed)
+        if augment and len(renders) > 1 and rng.random() < CROSSED:
+            played = _crossed(played, _played(song[stem, renders[1]], place, speed), rng)
         rows.append(_driven(played, rng) if augment and rng.random() < DRIVEN else played)
     gains = np.ones(len(rows), np.float32)
     if augment:
@@ -105,6 +117,15 @@ def _played(audio: NDArray[np.int16], place: float, speed: float) -> NDArray[np.
     return np.interp(np.arange(SAMPLES) * speed, np.arange(length), part).astype(np.float32)
 
 
+def _crossed(
+    low: NDArray[np.float32], high: NDArray[np.float32], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Below a frequency of 150 Hz to 4 kHz the first, above it the second."""
+    hz = 10 ** rng.uniform(np.log10(150), np.log10(4000))
+    below, above = (butter(2, hz, kind, fs=SEPARATION_RATE, output="sos") for kind in ("low", "high"))
+    return (sosfilt(below, low) + sosfilt(above, high)).astype(np.float32)
+
+
 def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """Bent by tanh, its knee at -12 to 10 dB of the root mean square: other harmonics of the same notes."""
     level = np.float32(np.sqrt(np.mean(audio**2)) * 10 ** (rng.uniform(-12, 10) / 20) + 1e-5)
@@ -113,7 +134,7 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
 
 
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, S, 1, bins) factors: a tilt and three bells over the logarithm of frequency."""
+    """(B, S, 1, bins) factors: a tilt, three bells over the logarithm of frequency and, for some, an end."""
     axis = np.linspace(-1, 1, bins)
     axis = 2 * np.log2(1 + 40 * (axis + 1) / 2) / np.log2(41) - 1  # about nine octaves, dense below
     shape = (batch, len(STEMS), 1, 1)
@@ -121,6 +142,9 @@ def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor
     for _ in range(3):
         bell = np.exp(-(((axis - rng.uniform(-1, 1, shape)) / rng.uniform(0.08, 0.5, shape)) ** 2))
         db = db + rng.normal(0, 5, shape) * bell
+    ends = np.where(rng.random(shape) < DULL, rng.uniform(*DULLEST, shape), SEPARATION_RATE)
+    hz = np.arange(bins) * SEPARATION_RATE / N_FFT
+    db -= 10 * np.log10(1 + (hz / ends) ** 24)
     return torch.from_numpy((10 ** (db / 20)).astype(np.float32))
 
 
@@ -161,14 +185,15 @@ def main() -> None:
     )
     add_arguments(parser, lr=2e-3)
     args = parser.parse_args()
-    config = loop_config(args)
+    config = replace(loop_config(args), muon=True)
     rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
     torch.manual_seed(args.seed)
     songs, held_out = load_stems(args.data / "train"), load_stems(args.data / "val")
     fixed = draw(held_out, 32, np.random.default_rng(7), augment=False)
 
     def loss(network: Separator, step: int) -> tuple[torch.Tensor, Logs]:
-        del step
+        if step % RELOAD == 0:
+            songs[:] = load_stems(args.data / "train")
         return separation_loss(network, draw(songs, args.batch, rng), args.device)
 
     @torch.no_grad()
