@@ -152,7 +152,7 @@ def make_optimisers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     Those take Muon's steps then (Jordan and others 2024, "Muon: an optimizer for hidden layers in neural
     networks"), as large as AdamW's, so one rate serves both (Liu and others 2025, arXiv:2502.16982).
     """
-    matrices: list[nn.Parameter] = []
+    matrices: list[torch.Tensor] = []
     if config.muon:
         matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     chosen = {id(matrix) for matrix in matrices}
