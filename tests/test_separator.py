@@ -24,11 +24,23 @@ from export.separator import Separator, SeparatorConfig
 from training.add_separator import add_separator
 from training.from_bundle import read_separator
 from training.loop import write_checkpoint
-from training.train_separator import HOP, SAMPLES, Mixtures, draw, load_stems, mask_error, separation_loss
+from training.train_separator import (
+    DULL,
+    HOP,
+    SAMPLES,
+    Mixtures,
+    _crossed,
+    _equalisers,
+    draw,
+    load_stems,
+    mask_error,
+    separation_loss,
+)
 
 RATE = 22050
 SMALL = SeparatorConfig(blocks=2, dim=16, seen=4, track=32)
 BINS = SMALL.bins + 1
+LOW_HIGH = ((30, 10000), (20, 9000))  # Hz, of two renders
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +124,23 @@ def test_drawn_mixtures(songs: Path) -> None:
     assert torch.allclose(plain.shared.sum(1), plain.mixture.square(), atol=1e-2, rtol=1e-3)
     with pytest.raises(FileNotFoundError, match="--stems"):
         load_stems(songs / "nowhere")
+
+
+def test_stems_of_two_renders_take_low_tones_from_the_first() -> None:
+    """Whatever the frequency between 150 Hz and 4 kHz, at which the one ends and the other begins."""
+    t = np.arange(RATE) / RATE
+    first, second = (np.sin(2 * np.pi * low * t) + np.sin(2 * np.pi * high * t) for low, high in LOW_HIGH)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        crossed = _crossed(first.astype(np.float32), second.astype(np.float32), rng)
+        (kept, lost), (gone, had) = np.abs(np.fft.rfft(crossed))[np.array(LOW_HIGH)] / (RATE / 2)
+        assert min(kept, had) > 0.9 and max(lost, gone) < 0.1
+
+
+def test_some_stems_end_where_samples_of_a_low_rate_do() -> None:
+    factors = _equalisers(100, BINS, np.random.default_rng(0))[:, :, 0]
+    dull = factors[..., -1] < 1e-2 * factors[..., BINS // 11]  # at 11 and at 1 kHz
+    assert float(dull.float().mean()) == pytest.approx(DULL, abs=0.05)
 
 
 def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_path: Path) -> None:
