@@ -39,7 +39,7 @@ class LoopConfig:
     muon: bool = False  # see `make_optimisers`
 
 
-MUON_DECAY = 0.05
+MUON_DECAY = 0.05  # weight decay of what Muon moves
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -178,9 +178,9 @@ def _resume(
     state = torch.load(path, map_location=config.device, weights_only=True)
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
-    # training.from_bundle has none
-    for optimiser, kept in zip(optimisers, state.get("optimisers", []), strict=False):
-        optimiser.load_state_dict(kept)
+    if "optimisers" in state:  # training.from_bundle has none
+        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
     return state["step"], state["spent"]
 
 

@@ -20,6 +20,7 @@ from scipy.signal import butter, sosfilt
 
 from export.separator import Separator, SeparatorConfig
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
+from training.mel import squared_magnitude
 from training.render import SEPARATION_RATE
 from training.stems import STEMS
 
@@ -72,9 +73,8 @@ def draw(
         spectra = spectra * _equalisers(batch, spectra.shape[-1], rng)
     mixture = spectra.sum(1)
     shared = mixture.real[:, None] * spectra.real + mixture.imag[:, None] * spectra.imag
-    power = mixture.real.square() + mixture.imag.square()
-    energy = (spectra.real.square() + spectra.imag.square()).sum((2, 3))
-    return Mixtures(power.sqrt(), shared, energy)
+    energy = squared_magnitude(spectra).sum((2, 3))
+    return Mixtures(squared_magnitude(mixture).sqrt(), shared, energy)
 
 
 def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
@@ -192,7 +192,7 @@ def main() -> None:
     fixed = draw(held_out, 32, np.random.default_rng(7), augment=False)
 
     def loss(network: Separator, step: int) -> tuple[torch.Tensor, Logs]:
-        if step % RELOAD == 0:
+        if (step + 1) % RELOAD == 0:
             songs[:] = load_stems(args.data / "train")
         return separation_loss(network, draw(songs, args.batch, rng), args.device)
 
