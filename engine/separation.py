@@ -51,6 +51,7 @@ POSTERIOR_SAMPLER = "euler"
 # In semitones, what a separator hears the mix transposed by at `best`: where it errs differs with the pitch.
 # On 48 windows of songs and sounds it never heard it gains 0.3 dB of SI-SDR, for three times the time.
 PITCHES = {"best": (-2.0, 0.0, 2.0)}
+LEAST = np.float32(1e-4)  # a mask that rules a stem out where the other hears it leaves it this much
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz
 BLOCK = 1 << 21  # complex values of the masked spectrograms held at a time
 
@@ -67,7 +68,8 @@ def split(
 ) -> Take:
     """One stem per instrument with the mix's rate, channels and frame count; they sum to the mix.
 
-    method: `mask` asks the bundle's separator where it declares one, at the quality `best` at three PITCHES;
+    method: `mask` asks the bundle's separator where it declares one, at the quality `best` at three PITCHES,
+    and, unless at `draft`, the UNet as far as the bundle says that this helps (separator.share);
     else it evaluates the posterior mean given the mix once where the bundle declares `mixture`
     (settings.steps above 1 sample from it instead) and is `dirac` otherwise; `dirac` and `gaussian` sample
     MSDM's posteriors on any bundle. residual: a further stem takes what no stem of the UNet's explains and
@@ -86,23 +88,25 @@ def split(
     timings: dict[str, float] = {"load": round(model.seconds_loading, 4)}
     names = [*manifest.stems, RESIDUAL] if residual else list(manifest.stems)
     separator = manifest.separator if one_look and settings.steps == 1 and not raw else None
+    quality = settings.quality or "normal"
     masks: Masks | None = None
     resolution = STFT_SECONDS
-    done = 0.0
+    share = done = 0.0
     if separator is not None:
         started = time.perf_counter()
-        done = 0.4 if residual else 0.7
-        pitches = PITCHES.get(settings.quality or "normal", (0.0,))
+        share = 1.0 if quality == "draft" else separator.share
+        done = 0.7 if share == 1 and not residual else 0.4
+        pitches = PITCHES.get(quality, (0.0,))
         masks = _heard(model, separator, mix, pitches, callback, done)
         resolution = separator.n_fft / separator.sample_rate
         clock(timings, "sample", started)
-    if masks is None or residual:
+    if share < 1 or residual:
         estimate = _estimated(model, mix, method, one_look, settings, callback, timings, done)
         mix_mels = (
             timeline_mels(estimate.signal, manifest, estimate.total, estimate.gain) if residual else None
         )
         by_mels = mel_masks(estimate.mels, manifest.mel, mix_mels, manifest.mask_power)
-        masks = by_mels if masks is None else with_residual(masks, by_mels)
+        masks = by_mels if masks is None else joined(masks, by_mels, share)
     started = time.perf_counter()
     rendering = stretch(callback, "render", 0.7, 1.0)
     if raw:
@@ -293,12 +297,20 @@ def separator_masks(stored: FloatArray, separator: Separator) -> Masks:
     return masks
 
 
-def with_residual(stems: Masks, explained: Masks) -> Masks:
-    """The masks of `stems`, less the share that the last of `explained` takes for the residual."""
+def joined(heard: Masks, estimated: Masks, share: float) -> Masks:
+    """The geometric mean, `share` of it the first's, of two masks for every stem: a product of experts.
+
+    Hinton 2002, "Training products of experts by minimizing contrastive divergence". Where `estimated` has a
+    residual too, the stems give up what it takes.
+    """
 
     def masks(seconds: Array, hz: Array) -> FloatArray:
-        rest = explained(seconds, hz)[-1:]
-        return np.concatenate([stems(seconds, hz) * (1 - rest), rest])
+        first, second = heard(seconds, hz), estimated(seconds, hz)
+        rest = second[len(first) :]
+        if share < 1:
+            first = (first + LEAST) ** share * (second[: len(first)] + LEAST) ** (1 - share)
+            first /= first.sum(axis=0)
+        return np.concatenate([first * (1 - rest.sum(axis=0)), rest])
 
     return masks
 

@@ -18,7 +18,7 @@ from engine.bundle import load_bundle
 from engine.errors import BacklineError
 from engine.manifest import Separator as Geometry
 from engine.model import Model
-from engine.separation import RESIDUAL, separator_masks, split
+from engine.separation import RESIDUAL, joined, separator_masks, split
 from engine.take import Settings
 from export.separator import Separator, SeparatorConfig
 from training.add_separator import add_separator
@@ -195,6 +195,44 @@ def test_best_hears_the_mix_at_three_pitches(
         for stem, part in true.items():
             error = take.stems[stem].samples[0] - part
             assert (error**2).sum() < 0.03 * (part**2).sum(), (quality, stem)
+
+
+def test_what_both_hear_counts_by_their_shares() -> None:
+    """In the logarithm, without a stem that one of them rules out, and less what a residual takes."""
+    seconds, hz = np.zeros(1), np.zeros(1)
+    first, second = (np.float32(x).reshape(2, 1, 1) for x in ((0.8, 0.2), (0.1, 0.9)))
+    both = joined(lambda *_: first, lambda *_: second, 0.25)(seconds, hz)
+    odds = (0.8 / 0.2) ** 0.25 * (0.1 / 0.9) ** 0.75
+    assert both[:, 0, 0] == pytest.approx([odds / (1 + odds), 1 / (1 + odds)], rel=1e-3)
+    sure = np.float32([1, 0]).reshape(2, 1, 1)
+    assert joined(lambda *_: sure, lambda *_: second, 0.5)(seconds, hz)[0, 0, 0] > 0.9
+    third = np.concatenate([second * 0.6, np.full((1, 1, 1), 0.4, np.float32)])
+    for share, stem in ((1.0, 0.8), (0.25, odds / (1 + odds))):
+        less = joined(lambda *_: first, lambda *_: third, share)(seconds, hz)[:, 0, 0]
+        assert less == pytest.approx([0.6 * stem, 0.6 * (1 - stem), 0.4], rel=1e-3)
+
+
+def test_the_unet_joins_in_where_the_bundle_says_so(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    """Not in a draft; and a bundle that says nothing has its separator alone."""
+    noise = np.random.default_rng(0).standard_normal((1, 30000)).astype(np.float32)
+    stems: dict[tuple[float, str], NDArray[np.float32]] = {}
+    for share in (1.0, 0.6):
+        folder = tmp_path / str(share)
+        shutil.copytree(tiny_default_bundle, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["separator"]["share"] = share
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        model = Model.open(folder, "cpu", 1)
+        for quality in ("draft", "normal"):
+            for residual in (False, True):
+                settings = Settings(seed=1, quality=quality)  # type: ignore[arg-type]
+                take = split(model, Audio(noise, 8000), residual=residual, settings=settings)
+                assert np.abs(take.mix().samples - noise).max() < 1e-5
+            stems[share, quality] = take.stems["bass"].samples
+    plain = split(Model.open(tiny_default_bundle, "cpu", 1), Audio(noise, 8000), residual=True, settings=Settings(seed=1))
+    assert np.array_equal(plain.stems["bass"].samples, stems[1.0, "normal"])
+    assert np.array_equal(stems[0.6, "draft"], stems[1.0, "draft"])
+    assert np.abs(stems[0.6, "normal"] - stems[1.0, "normal"]).max() > 1e-3
 
 
 def test_progress_never_goes_back(tiny_default_bundle: Path) -> None:

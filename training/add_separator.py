@@ -24,8 +24,11 @@ HIGHEST = 9500.0  # Hz; the resampling of the training's audio begins to fade ou
 SIZES = ({"batch": 1, "frames": 64}, {"batch": 2, "frames": 96})  # at which the graph is compared with torch
 
 
-def with_separator(manifest: Manifest, network: Separator) -> Manifest:
-    """What a bundle with this separator declares. Raises pydantic.ValidationError where it cannot."""
+def with_separator(manifest: Manifest, network: Separator, share: float = 1.0) -> Manifest:
+    """What a bundle with this separator declares, share as in engine.manifest.Separator.
+
+    Raises pydantic.ValidationError where it cannot.
+    """
     geometry = Geometry(
         sample_rate=SEPARATION_RATE,
         n_fft=N_FFT,
@@ -33,6 +36,7 @@ def with_separator(manifest: Manifest, network: Separator) -> Manifest:
         patch=network.config.patch,
         window_frames=WINDOW,
         f_max=HIGHEST,
+        share=share,
     )
     changed = {
         "capabilities": (*(c for c in manifest.capabilities if c != GRAPH), GRAPH),
@@ -48,6 +52,7 @@ def add_separator(
     out: Path,
     version: str,
     *,
+    share: float = 1.0,
     config: SeparatorConfig | None = None,
     force: bool = False,
 ) -> Manifest:
@@ -57,7 +62,7 @@ def add_separator(
     """
     bundle = load_bundle(source)
     network = load_ema(run, Separator(config or SeparatorConfig()))
-    manifest = with_separator(bundle.manifest, network)
+    manifest = with_separator(bundle.manifest, network, share)
 
     def fill(folder: Path) -> Manifest:
         for name in bundle.manifest.files:
@@ -81,9 +86,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of training.train_separator")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--version", required=True, help="of the model, for its manifest")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of its masks where the UNet's join in (%(default)s: alone)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    written = add_separator(args.bundle, args.run, args.out, args.version, force=args.force)
+    written = add_separator(args.bundle, args.run, args.out, args.version, share=args.share, force=args.force)
     size = sum(p.stat().st_size for p in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error'][GRAPH]}")
 
