@@ -189,7 +189,10 @@ class Separator(_Part):
     window_frames: int = Field(gt=0, description="frames given to it at a time")
     f_max: float = Field(gt=0, description="Hz; the masks there hold for all above")
     share: float = Field(
-        default=1.0, gt=0, le=1, description="of its masks in the geometric mean with the UNet's; 1: it is alone"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="of its masks in the geometric mean with the UNet's; 1: it is alone",
     )
 
     @model_validator(mode="after")

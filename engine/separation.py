@@ -22,6 +22,7 @@ from engine.manifest import Manifest, Mel, Separator
 from engine.model import Model
 from engine.samplers import Denoiser
 from engine.take import Callback, Settings, Take, clock, make_record, resolve, stretch
+from engine.wiener import covariances, panned, wiener
 from engine.windows import (
     SEAM,
     Report,
@@ -91,7 +92,7 @@ def split(
     quality = settings.quality or "normal"
     masks: Masks | None = None
     resolution = STFT_SECONDS
-    share = done = 0.0
+    share, done = 1.0, 0.0
     if separator is not None:
         started = time.perf_counter()
         share = 1.0 if quality == "draft" else separator.share
@@ -100,7 +101,7 @@ def split(
         masks = _heard(model, separator, mix, pitches, callback, done)
         resolution = separator.n_fft / separator.sample_rate
         clock(timings, "sample", started)
-    if share < 1 or residual:
+    if masks is None or share < 1 or residual:
         estimate = _estimated(model, mix, method, one_look, settings, callback, timings, done)
         mix_mels = (
             timeline_mels(estimate.signal, manifest, estimate.total, estimate.gain) if residual else None
@@ -329,6 +330,7 @@ def apply_masks(
 ) -> FloatArray:
     """(stems, channels, n): masks on the mix's own spectrogram, whose frames last about `resolution` seconds.
 
+    Of stereo mixes they are gone through twice, to hear first where the stems are panned (`engine.wiener`).
     What rounding leaves is shared out, so the stems sum to the mix.
     """
     n_fft = stft_size(mix.sample_rate, resolution)
@@ -336,22 +338,37 @@ def apply_masks(
     hz = np.fft.rfftfreq(n_fft, 1 / mix.sample_rate)
     result = empty(stems, mix.channels, mix.length)
     frames = max(8, BLOCK // (stems * mix.channels * len(hz)))
+    told = report or (lambda fraction: None)
+
+    def masked(first: int, last: int) -> tuple[NDArray[np.complexfloating], FloatArray]:
+        """Spectrum (channels, n, bins) and masks (stems, n, bins) of the frames first .. last."""
+        piece = _slice(mix.samples, first * hop - n_fft // 2, last * hop + n_fft // 2)
+        return stft(piece, n_fft, hop), masks(np.arange(first, last + 1) * hop / mix.sample_rate, hz)
+
+    places: FloatArray | None = None
+    if mix.channels == 2:
+        count = -(-mix.length // hop)
+        summed = np.zeros((stems, 4, len(hz)))
+        for first in range(0, count, frames):
+            told(0.5 * first / count)
+            summed += covariances(*masked(first, min(count, first + frames) - 1))
+            release(mix.samples)
+        places = panned(summed)
+    behind = 0.0 if places is None else 0.5
     for start in range(0, mix.length, frames * hop):
-        if report is not None:
-            report(start / mix.length)
+        told(behind + (1 - behind) * start / mix.length)
         stop = min(mix.length, start + frames * hop)
         # Every frame that reaches into start .. stop: centres from start - n_fft/2 to stop + n_fft/2.
-        first, last = start // hop - 2, -(-stop // hop) + 2
-        piece = _slice(mix.samples, first * hop - n_fft // 2, last * hop + n_fft // 2)
-        shares = masks(np.arange(first, last + 1) * hop / mix.sample_rate, hz)
-        parts = istft(stft(piece, n_fft, hop)[None] * shares[:, None], n_fft, hop)
+        first = start // hop - 2
+        spectrum, shares = masked(first, -(-stop // hop) + 2)
+        of_stems = spectrum[None] * shares[:, None] if places is None else wiener(spectrum, shares, places)
+        parts = istft(of_stems, n_fft, hop)
         offset = start - (first * hop - n_fft // 2)
         parts = parts[..., offset : offset + stop - start]
         parts += (mix.samples[:, start:stop] - parts.sum(axis=0)) / stems
         result[:, :, start:stop] = parts
         release(result, mix.samples)
-    if report is not None:
-        report(1.0)
+    told(1.0)
     return result
 
 

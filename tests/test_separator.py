@@ -229,7 +229,12 @@ def test_the_unet_joins_in_where_the_bundle_says_so(tiny_default_bundle: Path, t
                 take = split(model, Audio(noise, 8000), residual=residual, settings=settings)
                 assert np.abs(take.mix().samples - noise).max() < 1e-5
             stems[share, quality] = take.stems["bass"].samples
-    plain = split(Model.open(tiny_default_bundle, "cpu", 1), Audio(noise, 8000), residual=True, settings=Settings(seed=1))
+    plain = split(
+        Model.open(tiny_default_bundle, "cpu", 1),
+        Audio(noise, 8000),
+        residual=True,
+        settings=Settings(seed=1),
+    )
     assert np.array_equal(plain.stems["bass"].samples, stems[1.0, "normal"])
     assert np.array_equal(stems[0.6, "draft"], stems[1.0, "draft"])
     assert np.abs(stems[0.6, "normal"] - stems[1.0, "normal"]).max() > 1e-3

@@ -17,11 +17,12 @@ from engine.separation import Method, mask_mix, split
 from engine.take import Settings
 from training.evaluate import window_improvements
 from training.held_out import RATE, Window
-from training.metrics import Array
+from training.metrics import Array, si_sdr
 from training.stems import STEMS
 
 PART = "split"
 SLOW = 8  # windows of what takes many times as long
+PANNED = 16  # windows of stereo mixes
 BARS = {"mean": 10.0} | dict.fromkeys(STEMS, 7.0)
 MSDM = dict(zip(STEMS, (17.12, 18.68, 15.38, 14.73), strict=True))  # of other data: arXiv:2302.02257
 HEARD_BY_PEER = ("bass", "drums")
@@ -30,7 +31,8 @@ HEARD_BY_PEER = ("bass", "drums")
 def measure(model: Model, windows: list[Window], peer: Path | None, tick: Tick) -> list[Figure]:
     """SI-SDR improvements in dB by stem, whether the stems sum to the mix, and the peers'."""
     few = windows[:SLOW]
-    total = len(windows) + len(few) * (1 if peer is None else 3)
+    stereo = windows[:PANNED]
+    total = len(windows) + len(stereo) + len(few) * (1 if peer is None else 3)
     gains: dict[str, list[Array]] = {"ours": [], "ideal mask": [], "another song's masks": []}
     nulls: list[float] = []
     before: Array | None = None
@@ -50,7 +52,9 @@ def measure(model: Model, windows: list[Window], peer: Path | None, tick: Tick) 
     figures = _rows({name: np.array(rows) for name, rows in gains.items()})
     figures.append(_null_row(nulls))
     figures.append(_peer_row("paper's Dirac posterior, same weights, mean SI-SDRi", np.array(dirac).mean(1)))
-    heard = [] if peer is None else _peer_scores(peer, few, lambda i: tick((len(windows) + 3 * i) / total))
+    figures.append(_panned_row(model, stereo, lambda i: tick((len(windows) + i) / total)))
+    done = len(windows) + len(stereo)
+    heard = [] if peer is None else _peer_scores(peer, few, lambda i: tick((done + 3 * i) / total))
     return figures + _htdemucs_rows(heard, np.array(gains["ours"])[: len(few)])
 
 
@@ -108,6 +112,34 @@ def _null_row(nulls: list[float]) -> Figure:
     interval = bootstrap(lambda chosen: float(np.max(np.array(nulls)[chosen])), len(nulls))
     name = "stems sum to the mix, worst window"
     return Figure(PART, name, max(nulls), interval, len(nulls), "dB", bar=-100.0, lower=True)
+
+
+def _panned_row(model: Model, windows: list[Window], tick: Callable[[int], None]) -> Figure:
+    """SI-SDRi of whole stereo windows, both channels as one signal, guitar and piano on different sides."""
+    rows: dict[str, list[float]] = {"ours": [], "masks alone": []}
+    for number, window in enumerate(windows):
+        tick(number)
+        stems = pan(window.stems, np.random.default_rng(window.seed))
+        mix = stems.sum(0)
+        # Only two channels are looked at for what sits where: the same ones twice have the masks alone.
+        for kind, samples in (("ours", mix), ("masks alone", np.concatenate([mix, mix]))):
+            take = split(model, Audio(samples, RATE), settings=Settings(seed=1))
+            parts = np.stack([take.stems[stem].samples[:2] for stem in STEMS])
+            gains = [
+                si_sdr(part.ravel(), true.ravel()) - si_sdr(mix.ravel(), true.ravel())
+                for part, true in zip(parts, stems, strict=True)
+            ]
+            rows[kind].append(float(np.mean(gains)))
+    note = f"by the masks alone {np.mean(rows['masks alone']):.2f} dB"
+    return of_means(PART, "panned in stereo, mean SI-SDRi", np.array(rows["ours"]), unit="dB", note=note)
+
+
+def pan(stems: Array, rng: np.random.Generator) -> Array:
+    """(S, 2, samples) float32 of STEMS (S, samples): bass and drums near the middle, the others apart."""
+    side = rng.choice([-1, 1])
+    places = np.array([*rng.uniform(-0.1, 0.1, 2), *(rng.uniform(0.3, 1, 2) * (side, -side))])
+    angles = (places + 1) * np.pi / 4  # constant power
+    return (stems[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)[..., None]).astype(np.float32)
 
 
 def _peer_row(name: str, values: Array, note: str = "") -> Figure:
