@@ -24,7 +24,9 @@ from export.separator import Separator, SeparatorConfig
 from training.add_separator import add_separator
 from training.from_bundle import read_separator
 from training.loop import write_checkpoint
+from training.stems import STEMS
 from training.train_separator import (
+    DARK,
     DULL,
     HOP,
     SAMPLES,
@@ -138,9 +140,18 @@ def test_stems_of_two_renders_take_low_tones_from_the_first() -> None:
 
 
 def test_some_stems_end_where_samples_of_a_low_rate_do() -> None:
-    factors = _equalisers(100, BINS, np.random.default_rng(0))[:, :, 0]
+    factors = _equalisers(400, BINS, np.random.default_rng(0))[:, STEMS.index("drums"), 0]
     dull = factors[..., -1] < 1e-2 * factors[..., BINS // 11]  # at 11 and at 1 kHz
     assert float(dull.float().mean()) == pytest.approx(DULL, abs=0.05)
+
+
+def test_some_basses_are_hardly_more_than_their_lowest_tone() -> None:
+    """At 400 Hz 15 dB below 50 Hz and more; drums never are."""
+    factors = _equalisers(400, BINS, np.random.default_rng(0))[:, :, 0]
+    hz = RATE / 2 / (BINS - 1)
+    fallen = factors[..., round(400 / hz)] / factors[..., round(50 / hz)] < 10 ** (-15 / 20)
+    shares = fallen.float().mean(0)
+    assert 0.05 < shares[STEMS.index("bass")] < DARK and shares[STEMS.index("drums")] < 0.01
 
 
 def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_path: Path) -> None:

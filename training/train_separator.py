@@ -1,10 +1,11 @@
 """python -m training.train_separator: masks for every stem from the mix alone, without the other networks.
 
-Half of the mixtures are bands as rendered, in half each stem comes from another song: what sounds together
+Most mixtures are bands as rendered, in some each stem comes from another song: what sounds together
 by chance keeps the network from guessing one stem by another. Every stem has its own level and equaliser,
 some are overdriven, and most are played faster or slower, which moves pitches and formants alike. Some take
 their low tones from one render and the high ones from another of the same notes, as no sound of the pools
-has them, and some end where samples of a low rate do.
+has them, some end where samples of a low rate do, and some are dark: basses that are hardly more than their
+lowest tone, as many upright ones are, would else be taken for bass drums.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ MOVED = 0.7  # share of stems (of whole bands, where they play one song) that ar
 CROSSED = 0.35  # share of stems of two renders
 DULL = 0.15  # share of stems that end at some frequency between those of DULLEST
 DULLEST = (2000.0, 9000.0)  # Hz
+DARK = 0.3  # share of stems that fall off from some frequency between those of DARKEST on
+DARKEST = {"bass": (60.0, 600.0), "guitar": (300.0, 3000.0), "piano": (300.0, 3000.0)}  # Hz
+SLOPES = (6.0, 18.0)  # dB an octave
 SILENT = 0.08
 QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
 RELOAD = 200  # steps after which songs that were rendered meanwhile are taken in
@@ -70,7 +74,11 @@ def draw(
     )
     spectra = spectra.transpose(1, 2).unflatten(0, audio.shape[:2])
     if augment:
-        spectra = spectra * _equalisers(batch, spectra.shape[-1], rng)
+        coloured = spectra * _equalisers(batch, spectra.shape[-1], rng)
+        before, after = (
+            squared_magnitude(x).sum((2, 3), keepdim=True) + NOTHING for x in (spectra, coloured)
+        )
+        spectra = coloured * (before / after).sqrt()
     mixture = spectra.sum(1)
     shared = mixture.real[:, None] * spectra.real + mixture.imag[:, None] * spectra.imag
     energy = squared_magnitude(spectra).sum((2, 3))
@@ -78,7 +86,7 @@ def draw(
 
 
 def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
-    """(S, SAMPLES) of one song or, in half of the augmented ones, of as many songs as there are stems."""
+    """(S, SAMPLES) of one song or, in FRESH of the augmented ones, of as many songs as there are stems."""
     fresh = augment and rng.random() < FRESH
     rows: list[NDArray[np.float32]] = []
     song, place, speed = _place(songs, rng, augment)
@@ -134,7 +142,7 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
 
 
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, S, 1, bins) factors: a tilt, three bells over the logarithm of frequency and, for some, an end."""
+    """(B, S, 1, bins) factors: a tilt, three bells over log frequency, for some a slope or an end."""
     axis = np.linspace(-1, 1, bins)
     axis = 2 * np.log2(1 + 40 * (axis + 1) / 2) / np.log2(41) - 1  # about nine octaves, dense below
     shape = (batch, len(STEMS), 1, 1)
@@ -145,6 +153,11 @@ def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor
     ends = np.where(rng.random(shape) < DULL, rng.uniform(*DULLEST, shape), SEPARATION_RATE)
     hz = np.arange(bins) * SEPARATION_RATE / N_FFT
     db -= 10 * np.log10(1 + (hz / ends) ** 24)
+    for stem, (low, high) in DARKEST.items():
+        dark = rng.random((batch, 1, 1)) < DARK
+        corner = np.exp(rng.uniform(np.log(low), np.log(high), (batch, 1, 1)))
+        slope = rng.uniform(*SLOPES, (batch, 1, 1)) * dark
+        db[:, STEMS.index(stem)] -= slope / 2 * np.log2(1 + (hz / corner) ** 2)
     return torch.from_numpy((10 ** (db / 20)).astype(np.float32))
 
 
