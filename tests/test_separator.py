@@ -29,10 +29,12 @@ from training.train_separator import (
     DARK,
     DULL,
     HOP,
+    KNOCK,
     SAMPLES,
     Mixtures,
     _crossed,
     _equalisers,
+    _knocked,
     draw,
     load_stems,
     mask_error,
@@ -152,6 +154,23 @@ def test_some_basses_are_hardly_more_than_their_lowest_tone() -> None:
     fallen = factors[..., round(400 / hz)] / factors[..., round(50 / hz)] < 10 ** (-15 / 20)
     shares = fallen.float().mean(0)
     assert 0.05 < shares[STEMS.index("bass")] < DARK and shares[STEMS.index("drums")] < 0.01
+
+
+def test_a_hollow_instrument_knocks_where_it_is_plucked() -> None:
+    """At a pitch of its own, whatever is played, and not while notes ring."""
+    t = np.arange(SAMPLES) / RATE
+    since = t % 0.5
+    played = (np.sin(2 * np.pi * 440 * t) * np.exp(-3 * since)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        knock = _knocked(played, 60.0, 90.0, rng) - played
+        spectrum, hz = np.abs(np.fft.rfft(knock)) ** 2, np.fft.rfftfreq(SAMPLES, 1 / RATE)
+        assert spectrum[(hz > 20) & (hz < 200)].sum() > 0.9 * spectrum.sum()
+        energy = knock[(since < 0.25) & (t > 0.5)], knock[(since >= 0.25) & (t > 0.5)]
+        assert (energy[0] ** 2).sum() > 9 * (energy[1] ** 2).sum()
+        ratio = 10 * np.log10(np.mean(knock**2) / np.mean(played**2))
+        assert KNOCK[0] - 0.1 < ratio < KNOCK[1] + 0.1
+    assert np.isfinite(_knocked(np.zeros(SAMPLES, np.float32), 60.0, 90.0, rng)).all()
 
 
 def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_path: Path) -> None:

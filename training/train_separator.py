@@ -5,7 +5,8 @@ by chance keeps the network from guessing one stem by another. Every stem has it
 some are overdriven, and most are played faster or slower, which moves pitches and formants alike. Some take
 their low tones from one render and the high ones from another of the same notes, as no sound of the pools
 has them, some end where samples of a low rate do, and some are dark: basses that are hardly more than their
-lowest tone, as many upright ones are, would else be taken for bass drums.
+lowest tone, as many upright ones are, would else be taken for bass drums. So would the knock that plucking
+gives the body of a hollow instrument: some basses and guitars get one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.signal import butter, sosfilt
+from scipy.signal import butter, lfilter, sosfilt
 
 from export.separator import Separator, SeparatorConfig
 from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
@@ -38,6 +39,10 @@ DULLEST = (2000.0, 9000.0)  # Hz
 DARK = 0.3  # share of stems that fall off from some frequency between those of DARKEST on
 DARKEST = {"bass": (60.0, 600.0), "guitar": (300.0, 3000.0), "piano": (300.0, 3000.0)}  # Hz
 SLOPES = (6.0, 18.0)  # dB an octave
+HOLLOW = {"bass": (0.35, 30.0, 100.0), "guitar": (0.2, 80.0, 220.0)}  # share, and Hz of the body's air
+KNOCK = (-12.0, 6.0)  # dB, to the energy of the stem
+FOLLOWERS = np.array([0.005, 0.06])  # s, of the envelope whose rises excite it
+RINGS = (0.02, 0.12)  # s, until it is at 1 / e
 SILENT = 0.08
 QUIETEST = 1e-3  # of the mix's energy: an error below it, or a stem, counts no more
 RELOAD = 200  # steps after which songs that were rendered meanwhile are taken in
@@ -97,7 +102,10 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
         played = _played(song[stem, renders[0]], place, speed)
         if augment and len(renders) > 1 and rng.random() < CROSSED:
             played = _crossed(played, _played(song[stem, renders[1]], place, speed), rng)
-        rows.append(_driven(played, rng) if augment and rng.random() < DRIVEN else played)
+        if augment and rng.random() < DRIVEN:
+            played = _driven(played, rng)
+        share, low, high = HOLLOW.get(STEMS[stem], (0.0, 1.0, 1.0))
+        rows.append(_knocked(played, low, high, rng) if augment and rng.random() < share else played)
     gains = np.ones(len(rows), np.float32)
     if augment:
         gains *= (10 ** (rng.normal(0, 4, len(rows)) / 20)).astype(np.float32)
@@ -139,6 +147,21 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     level = np.float32(np.sqrt(np.mean(audio**2)) * 10 ** (rng.uniform(-12, 10) / 20) + 1e-5)
     bent: NDArray[np.float32] = np.tanh(audio / level) * level
     return bent * np.float32(np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(bent**2) + 1e-12)))
+
+
+def _knocked(
+    audio: NDArray[np.float32], low: float, high: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """With the knock that plucking a hollow instrument gives its body: of one pitch, whatever is played."""
+    decays = np.exp(-1 / (FOLLOWERS * SEPARATION_RATE))
+    quick, slow = (lfilter([1 - decay], [1, -decay], np.abs(audio)) for decay in decays)
+    rises = np.maximum(quick - 1.5 * slow, 0)
+    pole = np.exp(-1 / (rng.uniform(*RINGS) * SEPARATION_RATE))
+    angle = 2 * np.pi * np.exp(rng.uniform(np.log(low), np.log(high))) / SEPARATION_RATE
+    knock = lfilter([1, 0, -1], [1, -2 * pole * np.cos(angle), pole**2], rises)
+    gain = 10 ** (rng.uniform(*KNOCK) / 20)
+    level = np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(knock**2) + 1e-12))
+    return (audio + gain * min(level, 1e3) * knock).astype(np.float32)
 
 
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:
