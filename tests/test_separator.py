@@ -353,3 +353,29 @@ def test_it_is_added_to_a_bundle_and_read_from_it_again(tiny_default_bundle: Pat
     noise = np.random.default_rng(0).standard_normal((1, 60000)).astype(np.float32)
     take = split(Model.open(tmp_path / "made", "cpu", 1), Audio(noise, 44100))
     assert np.abs(take.mix().samples - noise).max() < 1e-5
+
+
+def test_the_mean_with_an_earlier_state(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    networks = [Separator(SeparatorConfig(blocks=1)) for _ in range(3)]
+    config = networks[0].config
+    for number, name in enumerate(("later", "earlier")):
+        for parameter in networks[number].parameters():
+            nn.init.normal_(parameter, std=0.1)
+        (tmp_path / name).mkdir()
+        write_checkpoint({"ema": networks[number].state_dict()}, tmp_path / name)
+        (tmp_path / name / "log.jsonl").write_text(json.dumps({"step": 9 - number, "minutes": 2.5 - number}))
+    runs = {"run": tmp_path / "later", "earlier": tmp_path / "earlier"}
+    made = add_separator(
+        tiny_default_bundle, out=tmp_path / "made", version="9", share=0.7, config=config, **runs
+    )
+    told = {"steps": 9, "minutes": 2.5, "mean_with_minutes": 1.5}
+    assert made.provenance["training"]["separator"] == told
+    assert made.separator is not None and made.separator.share == 0.7
+    with torch.no_grad():
+        for mean, *both in zip(*(n.parameters() for n in reversed(networks)), strict=True):
+            mean.copy_(sum(both) / 2)
+        mixture = torch.rand(1, 8, 1025)
+        found = read_separator(load_bundle(tmp_path / "made"))(mixture)
+        assert torch.allclose(found, networks[2](mixture), atol=5e-3)
+        assert not torch.allclose(found, networks[0](mixture), atol=2e-2)

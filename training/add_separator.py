@@ -14,7 +14,7 @@ from export.bundle_writer import graph_inputs, graph_outputs, write_bundle
 from export.onnx_writer import write_graph
 from export.separator import Separator, SeparatorConfig
 from training.bundle import describe_training
-from training.loop import load_ema
+from training.loop import blend, load_ema
 from training.render import SEPARATION_RATE
 from training.train_separator import HOP, N_FFT
 
@@ -53,15 +53,22 @@ def add_separator(
     version: str,
     *,
     share: float = 1.0,
+    earlier: Path | None = None,
     config: SeparatorConfig | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write the bundle `out`: that of `source` with the separator of a training folder.
 
+    earlier: a copy of that folder from before, whose weights and the later ones it then has the mean of.
     Raises BacklineError as load_bundle and write_bundle, ExportMismatch where the graph is not the network.
     """
     bundle = load_bundle(source)
-    network = load_ema(run, Separator(config or SeparatorConfig()))
+    sizes = config or SeparatorConfig()
+    network = load_ema(run, Separator(sizes))
+    trained = describe_training({GRAPH: run})
+    if earlier is not None:
+        blend(network, load_ema(earlier, Separator(sizes)), 0.5)
+        trained[GRAPH]["mean_with_minutes"] = describe_training({GRAPH: earlier})[GRAPH]["minutes"]
     manifest = with_separator(bundle.manifest, network, share)
 
     def fill(folder: Path) -> Manifest:
@@ -71,7 +78,7 @@ def add_separator(
         path = folder / f"{GRAPH}.onnx"
         error = write_graph(network, inputs, outputs, path, sizes=SIZES, precision="fp16")
         made = manifest.provenance
-        training = made.get("training", {}) | describe_training({GRAPH: run})
+        training = made.get("training", {}) | trained
         export = made.get("export", {})
         errors = export.get("relative_error", {}) | {GRAPH: float(f"{error:.1e}")}
         provenance = made | {"training": training, "export": export | {"relative_error": errors}}
@@ -89,9 +96,18 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="of its masks where the UNet's join in (%(default)s: alone)"
     )
+    parser.add_argument("--earlier", type=Path, help="a copy of the folder from before: the mean of both")
     parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
-    written = add_separator(args.bundle, args.run, args.out, args.version, share=args.share, force=args.force)
+    written = add_separator(
+        args.bundle,
+        args.run,
+        args.out,
+        args.version,
+        share=args.share,
+        earlier=args.earlier,
+        force=args.force,
+    )
     size = sum(p.stat().st_size for p in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.1f} MB, {written.provenance['export']['relative_error'][GRAPH]}")
 
