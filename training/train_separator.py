@@ -146,7 +146,7 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     """Bent by tanh, its knee at -12 to 10 dB of the root mean square: other harmonics of the same notes."""
     level = np.float32(np.sqrt(np.mean(audio**2)) * 10 ** (rng.uniform(-12, 10) / 20) + 1e-5)
     bent: NDArray[np.float32] = np.tanh(audio / level) * level
-    return bent * np.float32(np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(bent**2) + 1e-12)))
+    return bent * np.float32(_times_louder(audio, bent))
 
 
 def _knocked(
@@ -160,8 +160,12 @@ def _knocked(
     angle = 2 * np.pi * np.exp(rng.uniform(np.log(low), np.log(high))) / SEPARATION_RATE
     knock = lfilter([1, 0, -1], [1, -2 * pole * np.cos(angle), pole**2], rises)
     gain = 10 ** (rng.uniform(*KNOCK) / 20)
-    level = np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(knock**2) + 1e-12))
-    return (audio + gain * min(level, 1e3) * knock).astype(np.float32)
+    return (audio + gain * min(_times_louder(audio, knock), 1e3) * knock).astype(np.float32)
+
+
+def _times_louder(audio: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Than the other by root mean square; about as loud where both are silent."""
+    return float(np.sqrt((np.mean(audio**2) + 1e-12) / (np.mean(other**2) + 1e-12)))
 
 
 def _equalisers(batch: int, bins: int, rng: np.random.Generator) -> torch.Tensor:

@@ -41,14 +41,14 @@ def measure(model: Model, windows: list[Window], peer: Path | None, tick: Tick) 
     ):  # the last one's masks are the first one's floor
         tick(number / total)
         mix = Audio(window.mixture[None], RATE)
-        parts = _split(model, mix, "mask")
+        parts = _split(model, mix, "mask")[:, 0]
         if before is not None:
             gains["ours"].append(scores(parts, window))
             nulls.append(null_db(parts, mix.samples[0]))
             gains["ideal mask"].append(scores(_masked(model, mix, window.stems), window))
             gains["another song's masks"].append(scores(_masked(model, mix, before), window))
         before = parts
-    dirac = [scores(_split(model, Audio(w.mixture[None], RATE), "dirac"), w) for w in few]
+    dirac = [scores(_split(model, Audio(w.mixture[None], RATE), "dirac")[:, 0], w) for w in few]
     figures = _rows({name: np.array(rows) for name, rows in gains.items()})
     figures.append(_null_row(nulls))
     figures.append(_peer_row("paper's Dirac posterior, same weights, mean SI-SDRi", np.array(dirac).mean(1)))
@@ -73,8 +73,9 @@ def null_db(parts: Array, mix: Array) -> float:
 
 
 def _split(model: Model, mix: Audio, method: Method) -> Array:
+    """(S, channels, samples)"""
     take = split(model, mix, method=method, settings=Settings(seed=1))
-    return np.stack([take.stems[stem].samples[0] for stem in STEMS])
+    return np.stack([take.stems[stem].samples for stem in STEMS])
 
 
 def _masked(model: Model, mix: Audio, stems: Array) -> Array:
@@ -121,15 +122,12 @@ def _panned_row(model: Model, windows: list[Window], tick: Callable[[int], None]
         tick(number)
         stems = pan(window.stems, np.random.default_rng(window.seed))
         mix = stems.sum(0)
+        before = [si_sdr(mix.ravel(), true.ravel()) for true in stems]
         # Only two channels are looked at for what sits where: the same ones twice have the masks alone.
         for kind, samples in (("ours", mix), ("masks alone", np.concatenate([mix, mix]))):
-            take = split(model, Audio(samples, RATE), settings=Settings(seed=1))
-            parts = np.stack([take.stems[stem].samples[:2] for stem in STEMS])
-            gains = [
-                si_sdr(part.ravel(), true.ravel()) - si_sdr(mix.ravel(), true.ravel())
-                for part, true in zip(parts, stems, strict=True)
-            ]
-            rows[kind].append(float(np.mean(gains)))
+            parts = _split(model, Audio(samples, RATE), "mask")[:, :2]
+            after = [si_sdr(part.ravel(), true.ravel()) for part, true in zip(parts, stems, strict=True)]
+            rows[kind].append(float(np.mean(np.subtract(after, before))))
     note = f"by the masks alone {np.mean(rows['masks alone']):.2f} dB"
     return of_means(PART, "panned in stereo, mean SI-SDRi", np.array(rows["ours"]), unit="dB", note=note)
 
