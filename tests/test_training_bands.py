@@ -148,6 +148,18 @@ def test_the_held_out_font_is_never_trained_on(tmp_path: Path) -> None:
     assert archived == {f"instrument-{name}-1.0.0": stem for name, (stem, _) in ARCHIVES.items()}
 
 
+def test_songs_may_be_played_by_chosen_sounds_only(tmp_path: Path) -> None:
+    chosen = render.pools(training_sources(tmp_path, made_from=7), ["sonivox", "a320u", "kit", "fluidr3:kit"])
+    names = {stem: {source.name for source in pool} for stem, pool in chosen.items()}
+    assert {"sonivox:24", "a320u:24"} < names["guitar"] and "a320u:26" not in names["guitar"]
+    assert {name.split(":")[0] for stem in ("bass", "guitar", "piano") for name in names[stem]} == {
+        "sonivox", "a320u",
+    }  # fmt: skip
+    assert {"sonivox:kit0", "kit7", "fluidr3:kit0"} < names["drums"] and "musescore:kit0" not in names[
+        "drums"
+    ]
+
+
 def played(source: sources.Render, *notes: tuple[float, float, int, int], seconds: float = 2.0) -> np.ndarray:
     return source(np.array(notes, float), round(seconds * RATE), np.random.default_rng(0))
 

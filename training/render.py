@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +61,12 @@ def effects(stem: str, rng: np.random.Generator) -> pb.Pedalboard:
             pb.Reverb(room_size=u(0.1, 0.85), wet_level=u(0.04, 0.3), dry_level=1.0, damping=u(0.2, 0.9))
         )
     return pb.Pedalboard(chain)
+
+
+def pools(sources: list[Source], only: Sequence[str] = ("",)) -> dict[str, list[Source]]:
+    """The sounds of each stem whose names begin with one of `only`."""
+    named = [source for source in sources if source.name.startswith(tuple(only))]
+    return {stem: [source for source in named if source.stem == stem] for stem in STEMS}
 
 
 def levelled(audio: NDArray[np.float32], db: float) -> NDArray[np.float32]:
@@ -148,6 +155,9 @@ def main() -> None:
     parser.add_argument(
         "--made-from", type=int, default=0, help="seed of our own synthesis: others make other sounds"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="NAME", help="only sounds whose names begin so"
+    )
     parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
     parser.add_argument("--stems", action="store_true", help="keep audio of every render, 0.6 MB a second")
     args = parser.parse_args()
@@ -155,7 +165,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     grooves = split_grooves(list_grooves(args.grooves), args.held_out)
     sources = held_out_sources() if args.held_out else training_sources(args.samples, args.made_from)
-    pool = {stem: [s for s in sources if s.stem == stem] for stem in STEMS}
+    pool = pools(sources, args.only)
+    if min(map(len, pool.values())) < args.renders:
+        parser.error(f"--only {' '.join(args.only)} leaves a stem fewer than {args.renders} sounds")
     counts = ", ".join(f"{len(pool[stem])} {stem}" for stem in STEMS)
     print(f"sounds: {counts}; {len(grooves)} grooves; {GEOMETRY.sample_rate} Hz", flush=True)
     for number in range(args.first, args.first + args.songs * args.step, args.step):
