@@ -50,7 +50,7 @@ POSTERIOR_STEPS = 64
 POSTERIOR_QUALITY = {"draft": 0.5, "normal": 1.0, "best": 2.0}  # times POSTERIOR_STEPS
 POSTERIOR_SAMPLER = "euler"
 # In semitones, what a separator hears the mix transposed by at `best`: where it errs differs with the pitch.
-# On 48 windows of songs and sounds it never heard it gains 0.2 dB of SI-SDR, with the UNet beside it 0.1.
+# On 48 windows of songs and sounds it never heard it gains 0.2 dB of SI-SDR.
 PITCHES = {"best": (-2.0, 0.0, 2.0)}
 LEAST = np.float32(1e-4)  # a mask that rules a stem out where the other hears it leaves it this much
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz

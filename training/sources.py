@@ -6,7 +6,8 @@ the pools are wide and a random member is drawn per stem and render.
 
 Held out, never in these pools: TimGM6mb, and whatever shares its samples. Measured by correlating single
 notes, csound's GMbank is the same recordings nearly throughout, Merlin in about half its programs and A320U
-in its kits and a few more; GMbank is left out, Merlin keeps only the programs below 0.8, A320U those below 0.85.
+in its kits and a few more; GMbank is left out, Merlin keeps only the programs below 0.8, A320U those below
+0.85.
 """
 
 from __future__ import annotations

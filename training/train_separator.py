@@ -6,7 +6,7 @@ some are overdriven, and most are played faster or slower, which moves pitches a
 their low tones from one render and the high ones from another of the same notes, as no sound of the pools
 has them, some end where samples of a low rate do, and some are dark: basses that are hardly more than their
 lowest tone, as many upright ones are, would else be taken for bass drums. So would the knock that plucking
-gives the body of a hollow instrument: some basses and guitars get one.
+gives the body of an upright one: some basses get one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DULLEST = (2000.0, 9000.0)  # Hz
 DARK = 0.3  # share of stems that fall off from some frequency between those of DARKEST on
 DARKEST = {"bass": (60.0, 600.0), "guitar": (300.0, 3000.0), "piano": (300.0, 3000.0)}  # Hz
 SLOPES = (6.0, 18.0)  # dB an octave
-HOLLOW = {"bass": (0.15, 30.0, 100.0)}  # share, and Hz of the body's air
+HOLLOW = {"bass": 0.15}  # share of stems that have a knock
+AIR = (30.0, 100.0)  # Hz, of the air in the body
 KNOCK = (-12.0, 3.0)  # dB, to the energy of the stem
 FOLLOWERS = np.array([0.005, 0.06])  # s, of the envelope whose rises excite it
 RINGS = (0.02, 0.12)  # s, until it is at 1 / e
@@ -104,8 +105,9 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
             played = _crossed(played, _played(song[stem, renders[1]], place, speed), rng)
         if augment and rng.random() < DRIVEN:
             played = _driven(played, rng)
-        share, low, high = HOLLOW.get(STEMS[stem], (0.0, 1.0, 1.0))
-        rows.append(_knocked(played, low, high, rng) if augment and rng.random() < share else played)
+        if augment and rng.random() < HOLLOW.get(STEMS[stem], 0.0):
+            played = _knocked(played, rng)
+        rows.append(played)
     gains = np.ones(len(rows), np.float32)
     if augment:
         gains *= (10 ** (rng.normal(0, 4, len(rows)) / 20)).astype(np.float32)
@@ -149,15 +151,13 @@ def _driven(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.
     return bent * np.float32(_times_louder(audio, bent))
 
 
-def _knocked(
-    audio: NDArray[np.float32], low: float, high: float, rng: np.random.Generator
-) -> NDArray[np.float32]:
+def _knocked(audio: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """With the knock that plucking a hollow instrument gives its body: of one pitch, whatever is played."""
     decays = np.exp(-1 / (FOLLOWERS * SEPARATION_RATE))
     quick, slow = (lfilter([1 - decay], [1, -decay], np.abs(audio)) for decay in decays)
     rises = np.maximum(quick - 1.5 * slow, 0)
     pole = np.exp(-1 / (rng.uniform(*RINGS) * SEPARATION_RATE))
-    angle = 2 * np.pi * np.exp(rng.uniform(np.log(low), np.log(high))) / SEPARATION_RATE
+    angle = 2 * np.pi * np.exp(rng.uniform(*np.log(AIR))) / SEPARATION_RATE
     knock = lfilter([1, 0, -1], [1, -2 * pole * np.cos(angle), pole**2], rises)
     gain = 10 ** (rng.uniform(*KNOCK) / 20)
     return (audio + gain * min(_times_louder(audio, knock), 1e3) * knock).astype(np.float32)
