@@ -297,7 +297,7 @@ def simple_sources() -> list[Source]:
 
 def test_a_rendered_song_is_written_whole_and_read_back(tmp_path: Path) -> None:
     song = simple_song()
-    pool = {stem: [s for s in simple_sources() if s.stem == stem] for stem in STEMS}
+    pool = render.pools(simple_sources())
     path = tmp_path / "000000"
     render.write(song, pool, path, renders=1, audio=True, dry=True, rng=np.random.default_rng(0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.audio.npy", "000000.json", "000000.npy"]

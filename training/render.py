@@ -162,12 +162,12 @@ def main() -> None:
     parser.add_argument("--stems", action="store_true", help="keep audio of every render, 0.6 MB a second")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    grooves = split_grooves(list_grooves(args.grooves), args.held_out)
     sources = held_out_sources() if args.held_out else training_sources(args.samples, args.made_from)
     pool = pools(sources, args.only)
     if min(map(len, pool.values())) < args.renders:
-        parser.error(f"--only {' '.join(args.only)} leaves a stem fewer than {args.renders} sounds")
+        parser.error(f"a stem has fewer than {args.renders} sounds: lower --renders or name more with --only")
+    args.out.mkdir(parents=True, exist_ok=True)
+    grooves = split_grooves(list_grooves(args.grooves), args.held_out)
     counts = ", ".join(f"{len(pool[stem])} {stem}" for stem in STEMS)
     print(f"sounds: {counts}; {len(grooves)} grooves; {GEOMETRY.sample_rate} Hz", flush=True)
     for number in range(args.first, args.first + args.songs * args.step, args.step):

@@ -39,7 +39,7 @@ DULLEST = (2000.0, 9000.0)  # Hz
 DARK = 0.3  # share of stems that fall off from some frequency between those of DARKEST on
 DARKEST = {"bass": (60.0, 600.0), "guitar": (300.0, 3000.0), "piano": (300.0, 3000.0)}  # Hz
 SLOPES = (6.0, 18.0)  # dB an octave
-HOLLOW = {"bass": 0.15}  # share of stems that have a knock
+HOLLOW = 0.15  # share of basses that have a knock
 AIR = (30.0, 100.0)  # Hz, of the air in the body
 KNOCK = (-12.0, 3.0)  # dB, to the energy of the stem
 FOLLOWERS = np.array([0.005, 0.06])  # s, of the envelope whose rises excite it
@@ -105,7 +105,7 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
             played = _crossed(played, _played(song[stem, renders[1]], place, speed), rng)
         if augment and rng.random() < DRIVEN:
             played = _driven(played, rng)
-        if augment and rng.random() < HOLLOW.get(STEMS[stem], 0.0):
+        if augment and STEMS[stem] == "bass" and rng.random() < HOLLOW:
             played = _knocked(played, rng)
         rows.append(played)
     gains = np.ones(len(rows), np.float32)
