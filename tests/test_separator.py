@@ -28,9 +28,9 @@ from training.stems import STEMS
 from training.train_separator import (
     DARK,
     DULL,
+    FRAMES,
     HOP,
     KNOCK,
-    SAMPLES,
     Mixtures,
     _crossed,
     _equalisers,
@@ -42,6 +42,7 @@ from training.train_separator import (
 )
 
 RATE = 22050
+SAMPLES = (FRAMES - 1) * HOP
 SMALL = SeparatorConfig(blocks=2, dim=16, seen=4, track=32)
 BINS = SMALL.bins + 1
 LOW_HIGH = ((30, 10000), (20, 9000))  # Hz, of two renders
@@ -122,12 +123,15 @@ def test_drawn_mixtures(songs: Path) -> None:
     plain = draw(loaded, 2, np.random.default_rng(3), augment=False)
     again = draw(loaded, 2, np.random.default_rng(3), augment=False)
     other = draw(loaded, 2, np.random.default_rng(3))
-    assert plain.mixture.shape == (2, SAMPLES // HOP + 1, BINS)
+    assert plain.mixture.shape == (2, FRAMES, BINS)
+    assert draw(loaded, 1, np.random.default_rng(3), frames=FRAMES + 2).mixture.shape == (1, FRAMES + 2, BINS)
     assert torch.equal(plain.mixture, again.mixture) and not torch.equal(plain.mixture, other.mixture)
     # the stems' shares of the mixture sum to its power
     assert torch.allclose(plain.shared.sum(1), plain.mixture.square(), atol=1e-2, rtol=1e-3)
     with pytest.raises(FileNotFoundError, match="--stems"):
         load_stems(songs / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"18\.7 s"):  # 14.8 s, a quarter faster
+        load_stems(songs, frames=4 * FRAMES)
 
 
 def test_stems_of_two_renders_take_low_tones_from_the_first() -> None:
@@ -197,7 +201,7 @@ def test_split_uses_it_and_stems_sum_to_the_mix(tiny_default_bundle: Path, tmp_p
                 assert np.abs(ours.stems["bass"].samples - theirs.stems["bass"].samples).max() > 1e-3
 
 
-def test_best_hears_the_mix_at_three_pitches(
+def test_better_qualities_hear_the_mix_at_more_pitches(
     tiny_default_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks that part tones wherever and whenever these are played part them as they are in the mix."""
@@ -217,7 +221,7 @@ def test_best_hears_the_mix_at_three_pitches(
 
     monkeypatch.setattr(model, "separate", parted)
     mix = Audio((low + drums)[None].astype(np.float32), 44100)
-    for quality, bins in (("normal", {16}), ("best", {14, 16, 18})):  # of 8000 / 256 Hz
+    for quality, bins in (("draft", {16}), ("normal", {15, 17}), ("best", {13, 14, 16, 18, 20})):  # of 31 Hz
         heard.clear()
         take = split(model, mix, settings=Settings(seed=1, quality=quality))  # type: ignore[arg-type]
         assert set(heard) == bins

@@ -27,10 +27,9 @@ from training.render import SEPARATION_RATE
 from training.stems import STEMS
 
 N_FFT, HOP = 2048, 512
-FRAMES = 160  # of a training window, 3.7 s
-SAMPLES = (FRAMES - 1) * HOP
+FRAMES = 160  # of a training window, 3.7 s, unless the command says otherwise
 FASTEST = 4.0  # semitones
-FRESH = 0.25  # share of mixtures whose stems come from different songs
+FRESH = 0.1  # share of mixtures whose stems come from different songs
 DRIVEN = 0.25  # share of stems that are overdriven, lightly to clearly
 MOVED = 0.7  # share of stems (of whole bands, where they play one song) that are played faster or slower
 CROSSED = 0.35  # share of stems of two renders
@@ -60,20 +59,34 @@ class Mixtures:
     energy: torch.Tensor  # (B, S) of each stem
 
 
-def load_stems(folder: Path) -> list[NDArray[np.int16]]:
-    """Audio (stems, renders, samples) of the rendered songs, memory mapped. Raises FileNotFoundError."""
+def load_stems(folder: Path, frames: int = FRAMES) -> list[NDArray[np.int16]]:
+    """Audio (stems, renders, samples) of the rendered songs that last so many spectrogram frames at any
+    speed, memory mapped. Raises FileNotFoundError."""
+    least = _samples(frames) * 2 ** (FASTEST / 12) + 1
     songs = [np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.stems.npy"))]
-    songs = [song for song in songs if song.shape[2] >= SAMPLES * 2 ** (FASTEST / 12) + 1]
+    songs = [song for song in songs if song.shape[2] >= least]
     if not songs:
-        raise FileNotFoundError(f"{folder} holds no stems; run python -m training.render --stems first")
+        seconds = f"{least / SEPARATION_RATE:.1f} s"
+        raise FileNotFoundError(
+            f"{folder} holds no stems of {seconds} or more; run python -m training.render --stems first"
+        )
     return songs
 
 
+def _samples(frames: int) -> int:
+    """From the centre of the first frame to that of the last."""
+    return (frames - 1) * HOP
+
+
 def draw(
-    songs: list[NDArray[np.int16]], batch: int, rng: np.random.Generator, augment: bool = True
+    songs: list[NDArray[np.int16]],
+    batch: int,
+    rng: np.random.Generator,
+    augment: bool = True,
+    frames: int = FRAMES,
 ) -> Mixtures:
     """A random batch of mixtures, augmented as said above or as rendered."""
-    bands = [_band(songs, rng, augment) for _ in range(batch)]
+    bands = [_band(songs, _samples(frames), rng, augment) for _ in range(batch)]
     audio = torch.from_numpy(np.stack(bands))
     spectra = torch.stft(
         audio.flatten(0, 1), N_FFT, HOP, window=torch.hann_window(N_FFT), center=True, return_complex=True
@@ -91,8 +104,10 @@ def draw(
     return Mixtures(squared_magnitude(mixture).sqrt(), shared, energy)
 
 
-def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: bool) -> NDArray[np.float32]:
-    """(S, SAMPLES) of one song or, in FRESH of the augmented ones, of as many songs as there are stems."""
+def _band(
+    songs: list[NDArray[np.int16]], length: int, rng: np.random.Generator, augment: bool
+) -> NDArray[np.float32]:
+    """(S, length) of one song or, in FRESH of the augmented ones, of as many songs as there are stems."""
     fresh = augment and rng.random() < FRESH
     rows: list[NDArray[np.float32]] = []
     song, place, speed = _place(songs, rng, augment)
@@ -100,9 +115,9 @@ def _band(songs: list[NDArray[np.int16]], rng: np.random.Generator, augment: boo
         if fresh:
             song, place, speed = _place(songs, rng, augment)
         renders = rng.permutation(song.shape[1])
-        played = _played(song[stem, renders[0]], place, speed)
+        played = _played(song[stem, renders[0]], length, place, speed)
         if augment and len(renders) > 1 and rng.random() < CROSSED:
-            played = _crossed(played, _played(song[stem, renders[1]], place, speed), rng)
+            played = _crossed(played, _played(song[stem, renders[1]], length, place, speed), rng)
         if augment and rng.random() < DRIVEN:
             played = _driven(played, rng)
         if augment and STEMS[stem] == "bass" and rng.random() < HOLLOW:
@@ -125,14 +140,14 @@ def _place(
     return songs[int(rng.integers(len(songs)))], float(rng.random()), float(speed)
 
 
-def _played(audio: NDArray[np.int16], place: float, speed: float) -> NDArray[np.float32]:
-    """(SAMPLES,) float32, linear between samples: what that dulls, an equaliser dulls more."""
-    length = int(np.ceil(SAMPLES * speed)) + 1
-    start = int(place * (len(audio) - length))
-    part: NDArray[np.float32] = audio[start : start + length].astype(np.float32) / np.float32(32768)
+def _played(audio: NDArray[np.int16], length: int, place: float, speed: float) -> NDArray[np.float32]:
+    """(length,) float32, linear between samples: what that dulls, an equaliser dulls more."""
+    taken = int(np.ceil(length * speed)) + 1
+    start = int(place * (len(audio) - taken))
+    part: NDArray[np.float32] = audio[start : start + taken].astype(np.float32) / np.float32(32768)
     if speed == 1.0:
-        return part[:SAMPLES]
-    return np.interp(np.arange(SAMPLES) * speed, np.arange(length), part).astype(np.float32)
+        return part[:length]
+    return np.interp(np.arange(length) * speed, np.arange(taken), part).astype(np.float32)
 
 
 def _crossed(
@@ -224,17 +239,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, lr=2e-3)
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of a mixture's spectrogram (%(default)s)")
     args = parser.parse_args()
     config = replace(loop_config(args), muon=True)
     rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
     torch.manual_seed(args.seed)
-    songs, held_out = load_stems(args.data / "train"), load_stems(args.data / "val")
-    fixed = draw(held_out, 32, np.random.default_rng(7), augment=False)
+    songs, held_out = (load_stems(args.data / kind, args.frames) for kind in ("train", "val"))
+    fixed = draw(held_out, 32, np.random.default_rng(7), augment=False, frames=args.frames)
 
     def loss(network: Separator, step: int) -> tuple[torch.Tensor, Logs]:
         if (step + 1) % RELOAD == 0:
-            songs[:] = load_stems(args.data / "train")
-        return separation_loss(network, draw(songs, args.batch, rng), args.device)
+            songs[:] = load_stems(args.data / "train", args.frames)
+        return separation_loss(network, draw(songs, args.batch, rng, frames=args.frames), args.device)
 
     @torch.no_grad()
     def validate(network: Separator) -> Logs:
