@@ -785,8 +785,12 @@ def test_ardour_that_comes_and_goes_is_followed(host: ArdourHost, studio: Studio
             said.clear()
             with ardour_session.ardour(song, studio.screen) as running:
                 assert running.port == port
-                assert awaited(lambda: any("Following fourth" in line for line in said)), said
-            assert awaited(lambda: any("Waiting for it" in line for line in said)), said
+                assert awaited(
+                    lambda: any("Following fourth" in line for line in said), ardour_session.STARTS
+                ), said
+            assert awaited(lambda: any("Waiting for it" in line for line in said), ardour_session.STARTS), (
+                said
+            )
     finally:
         stop.set()
         thread.join()
