@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -352,7 +353,7 @@ class _Masked:
     def hop(self) -> int:
         return self.n_fft // 4
 
-    @property
+    @cached_property
     def hz(self) -> Array:
         return np.fft.rfftfreq(self.n_fft, 1 / self.mix.sample_rate)
 

@@ -241,6 +241,9 @@ def main() -> None:
     add_arguments(parser, lr=2e-3)
     parser.add_argument("--frames", type=int, default=FRAMES, help="of a mixture's spectrogram (%(default)s)")
     args = parser.parse_args()
+    sizes = SeparatorConfig()
+    if args.frames % sizes.patch:
+        parser.error(f"--frames {args.frames} is no multiple of {sizes.patch}")
     config = replace(loop_config(args), muon=True)
     rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
     torch.manual_seed(args.seed)
@@ -256,7 +259,7 @@ def main() -> None:
     def validate(network: Separator) -> Logs:
         return separation_loss(network, fixed, args.device)[1]
 
-    train(Separator(SeparatorConfig()), loss, config, validate)
+    train(Separator(sizes), loss, config, validate)
 
 
 if __name__ == "__main__":
