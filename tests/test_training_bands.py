@@ -15,26 +15,26 @@ import pytest
 import soundfile as sf
 import torch
 
-from training import held_out, overlap, render, sources
+from training import held_out, overlap, render, samplers, sources
 from training.bands import RANGES, Song, folded, part_of, split_grooves, try_song
 from training.charts import timeline
 from training.dataset import load_songs
 from training.grooves import HELD_OUT, Groove, list_grooves, role_of, spread
 from training.mel import FLOOR, GEOMETRY, QUANTUM, log_mel
+from training.samplers import RATE, Bank, hydrogen_bank, npm_bank, sfz_bank
 from training.sources import (
     ARCHIVES,
     FREEPATS,
     FREEPATS_PROGRAMS,
     HELD_OUT_FONT,
-    RATE,
-    Bank,
+    LAYERS,
+    SFZ_INSTRUMENTS,
     Source,
     held_out_sources,
-    hydrogen_bank,
     made,
-    npm_bank,
     patches,
     recorded,
+    sfz,
     soundfont,
     training_sources,
 )
@@ -224,7 +224,7 @@ def test_a_bank_plays_the_nearest_recording_resampled() -> None:
     ("name", "number"), [("A4", 69), ("C4", 60), ("As3", 58), ("C#4", 61), ("Ds1v8", 27), ("A0v12", 21)]
 )
 def test_note_names(name: str, number: int) -> None:
-    assert sources._note_number(name) == number
+    assert samplers._note_number(name) == number
 
 
 def test_packed_instruments_are_read_trimmed_and_levelled(tmp_path: Path) -> None:
@@ -240,6 +240,55 @@ def test_packed_instruments_are_read_trimmed_and_levelled(tmp_path: Path) -> Non
     assert max(np.abs(s).max() for s in bank.samples.values()) == pytest.approx(1)
     assert len(bank.samples[57]) == pytest.approx(RATE, rel=0.01), "silence before the attack is cut"
     assert pitch_of(played(recorded(tmp_path / "piano.tgz"), (0, 1, 61, 100))) == pytest.approx(61, abs=0.05)
+
+
+SFZ = """
+// nothing<region> sample=comment.wav key=50
+#define $EXT wav
+<control> default_path=notes\\
+<global> ampeg_release=0.3 <group> lovel=1 hivel=63
+#include "soft.txt"
+<group> lovel=64
+<region> sample=loud one.$EXT pitch_keycenter=c4 lokey=58 hikey=62
+<region> sample=late.wav key=60
+<region> sample=let go.wav key=62 trigger=release
+<region> sample=absent.wav key=64
+<region> sample=low.wav key=12
+"""
+
+
+def test_sfz_instruments_play_one_layer(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for name, level in (("soft", 0.1), ("loud one", 0.2), ("late", 0.3), ("let go", 0.4), ("low", 0.5)):
+        sf.write(tmp_path / "notes" / f"{name}.wav", np.full(1000, level), RATE)
+    (tmp_path / "soft.txt").write_text("<region> sample=soft.$EXT key=57\n<region>sample=soft.wav key=C#4")
+    path = tmp_path / "piano.sfz"
+    path.write_text(SFZ)
+    soft, loud = (sfz_bank(path, velocity, "piano") for velocity in LAYERS)
+    assert set(soft.samples) == {57, 61} and set(loud.samples) == {60}
+    regions = samplers._sfz_regions(path)
+    assert regions[0] == {
+        "default_path": "notes\\",
+        "ampeg_release": "0.3",
+        "lovel": "1",
+        "hivel": "63",
+        "sample": "soft.wav",
+        "key": "57",
+    }
+    assert "hivel" not in regions[2], "a group's opcodes end with it"
+    assert played(sfz(path, 105, "piano"), (0, 1, 60, 127))[500] > 0.9, "levelled by the loudest"
+    with pytest.raises(ValueError, match="no recording"):
+        sfz_bank(path, 0, "piano")
+
+
+def test_sfz_instruments_join_the_pools_where_they_are(tmp_path: Path) -> None:
+    name, stem, _ = SFZ_INSTRUMENTS[0]
+    path = tmp_path / "sfz" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    found = [source for source in training_sources(tmp_path) if source.name.startswith("sfz:")]
+    assert [source.name for source in found] == [f"sfz:{path.stem}:{velocity}" for velocity in LAYERS]
+    assert {source.stem for source in found} == {stem}
 
 
 def drum_kit(folder: Path, names: list[str]) -> Path:

@@ -6,6 +6,9 @@ import argparse
 import copy
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +95,47 @@ def test_resumes_step_time_weights_and_average(tmp_path: Path) -> None:
     assert steps == list(range(120))
     assert torch.equal(seen[60], saved["model"]["weight"])
     assert checkpoint(tmp_path)["spent"] == 120
+
+
+WORKERS = """
+import sys
+import torch
+from test_training_loop import error, itertools, loop, network, quiet, LoopConfig, Path, SimpleNamespace
+
+seconds = itertools.count()
+loop.time = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+worker = loop.join_workers()
+given = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0]][worker])  # their mean is what one alone is given
+loss = lambda model, step: ((model(given) - given.sum()).sum() * (1 + step % 3), {"worker": float(worker)})
+average = loop.train(network(), loss, LoopConfig(Path(sys.argv[1]), 1.0, validate_every=30), quiet)
+torch.save(average.weight, f"{sys.argv[1]}/{worker}.pt")
+"""
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_workers_move_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    path = {"PYTHONPATH": f"{Path(loop.__file__).parents[1]}:{Path(__file__).parent}"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "shared")],
+        env=os.environ | path | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+    def loss(model: nn.Linear, step: int) -> tuple[torch.Tensor, Logs]:
+        return (model(torch.ones(3)) - 3).sum() * (1 + step % 3), {}
+
+    alone = train(network(), loss, LoopConfig(tmp_path / "alone", 1.0, validate_every=30), quiet)
+    for worker in range(2):
+        average = torch.load(tmp_path / "shared" / f"{worker}.pt", weights_only=True)
+        assert torch.allclose(average, alone.weight, atol=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "shared" / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["worker"]) for row in rows] == [(30, 0.0), (60, 0.0)]
 
 
 @pytest.mark.usefixtures("_no_pictures")

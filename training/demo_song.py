@@ -12,7 +12,8 @@ import soundfile as sf
 from training.bands import split_grooves, try_song
 from training.grooves import list_grooves
 from training.render import levelled
-from training.sources import RATE, soundfont
+from training.samplers import RATE
+from training.sources import soundfont
 from training.stems import STEMS
 
 FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"  # MIT licence

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from training.bands import Song, split_grooves, try_song
 from training.grooves import Groove, list_grooves
 from training.render import render_stem
-from training.sources import RATE, Source, held_out_sources
+from training.samplers import RATE
+from training.sources import Source, held_out_sources
 from training.stems import STEMS
 
 FIRST_SEED = 2_000_000  # validation during training uses seeds from 1,000,000

@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -95,6 +97,17 @@ def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
     return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, tail))))
 
 
+def join_workers() -> int:
+    """Which of torchrun's processes this is, 0 where it was not used; `train` then takes its steps with all.
+
+    Each draws a batch of its own, so seed its draws with the number, and the weights alike.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
 def train(
     model: Network,
     loss: Callable[[Network, int], tuple[torch.Tensor, Logs]],
@@ -106,7 +119,8 @@ def train(
     `loss(model, step)` returns the scalar to minimise and what to log, `validate(ema)` what the report shows.
     Every `config.validate_every` seconds and at the end the checkpoint is written, a line is added to
     `log.jsonl` and `curves.png` is drawn. The random state is not kept: a resumed run starts the seed's draws
-    again. Raises RuntimeError where the loss is not finite.
+    again. Raises RuntimeError where the loss is not finite. After `join_workers` all move by the mean of
+    their gradients; the first keeps the time, and writes and logs for itself.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     model.to(config.device)
@@ -115,7 +129,15 @@ def train(
     step, spent = _resume(config, model, ema, optimisers)
     first = 0 if optimisers[0].state else step  # weights without their optimiser's state are warmed up again
     begun = round(spent / 60, 2)
-    bar = tqdm(total=config.minutes, initial=begun, unit="min", desc=config.out.name, mininterval=5)
+    first_worker = not dist.is_initialized() or dist.get_rank() == 0
+    bar = tqdm(
+        total=config.minutes,
+        initial=begun,
+        unit="min",
+        desc=config.out.name,
+        mininterval=5,
+        disable=not first_worker,
+    )
     window: list[Logs] = []
     last = time.monotonic()
     next_validation = spent + config.validate_every
@@ -128,6 +150,7 @@ def train(
             raise RuntimeError(f"the loss is {value.item()} at step {step}; lower --lr or start again")
         model.zero_grad(set_to_none=True)
         value.backward()
+        _share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimiser in optimisers:
             optimiser.step()
@@ -135,12 +158,13 @@ def train(
         step += 1
         window.append({"loss": value.item(), **logs})
         now = time.monotonic()
-        spent, last = spent + now - last, now
+        spent, last = _of_the_first(spent + now - last), now
         bar.n = round(min(spent / 60, config.minutes), 2)
         bar.update(0)
         if spent >= next_validation or spent >= config.minutes * 60:
-            _report(config, step, spent, window, validate(ema), bar)
-            _save(config, model, ema, optimisers, step, spent)
+            if first_worker:
+                _report(config, step, spent, window, validate(ema), bar)
+                _save(config, model, ema, optimisers, step, spent)
             window, next_validation, last = [], spent + config.validate_every, time.monotonic()
     bar.close()
     return ema
@@ -162,6 +186,26 @@ def make_optimisers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         return [adamw]
     muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=MUON_DECAY, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
+
+
+def _share_gradients(model: nn.Module) -> None:
+    """Gives every worker the mean of all their gradients."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    shared = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(shared, gradients, strict=True)])
+
+
+def _of_the_first(seconds: float) -> float:
+    """The first worker's: all stop, and lower their rates, at the same step."""
+    if not dist.is_initialized():
+        return seconds
+    told = torch.tensor([seconds], dtype=torch.float64)
+    dist.broadcast(told, 0)
+    return told.item()
 
 
 def _average(ema: nn.Module, model: nn.Module, decay: float) -> None:

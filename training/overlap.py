@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.sources import EVERY_PROGRAM, HELD_OUT_FONT, KITS, RATE, font_player
+from training.samplers import RATE
+from training.sources import EVERY_PROGRAM, HELD_OUT_FONT, KITS, font_player
 from training.stems import STEMS
 
 PITCHES = {"bass": (33, 43), "drums": (36, 38, 42, 45, 46, 49, 51), "guitar": (50, 64), "piano": (48, 60, 72)}

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import tarfile
 import tempfile
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import soundfile as sf
-import soxr
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-RATE = 44100
-Notes = NDArray[np.float64]
+from training.samplers import RATE, Bank, Notes, hydrogen_bank, npm_bank, sfz_bank
+
 Render = Callable[[Notes, int, np.random.Generator], NDArray[np.float32]]
 
 
@@ -208,126 +205,6 @@ def _fit(signal: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     return signal[:n] if len(signal) >= n else np.pad(signal, (0, n - len(signal)))
 
 
-# --- samplers -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Bank:
-    """Recorded or synthesised notes by MIDI pitch; a note plays the nearest one, resampled."""
-
-    samples: dict[int, NDArray[np.float32]]
-    release: float = 0.15  # s
-    one_shot: bool = False
-
-    def __post_init__(self) -> None:
-        self._shifted: dict[int, NDArray[np.float32]] = {}
-
-    def at(self, pitch: int) -> NDArray[np.float32]:
-        """The sample of a pitch, resampled once and kept."""
-        if pitch not in self._shifted:
-            nearest = min(self.samples, key=lambda p: abs(p - pitch))
-            ratio = 1.0 if self.one_shot else 2 ** ((pitch - nearest) / 12)
-            sample = self.samples[nearest]
-            if ratio != 1.0:
-                sample = soxr.resample(sample, RATE * ratio, RATE, quality="MQ").astype(np.float32)
-            self._shifted[pitch] = sample
-        return self._shifted[pitch]
-
-    def render(self, notes: Notes, n_samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
-        """Mono (n_samples,): notes let go fade over `release`, one-shots ring out."""
-        out = np.zeros(n_samples + RATE * 6, np.float32)
-        fade = np.linspace(1, 0, int(self.release * RATE), dtype=np.float32)
-        for onset, duration, pitch, velocity in notes:
-            sample = self.at(int(pitch))
-            if not self.one_shot:
-                held = int(duration * RATE)
-                sample = sample[: held + len(fade)].copy()
-                tail = sample[held:]
-                tail *= fade[: len(tail)]
-            start = int(onset * RATE)
-            if 0 <= start < n_samples:
-                gain = (velocity / 127) ** 1.6 * float(rng.uniform(0.92, 1.05))
-                sample = sample[: len(out) - start]
-                out[start : start + len(sample)] += gain * sample
-        return out[:n_samples]
-
-
-def _mono(path_or_file: Any) -> NDArray[np.float32]:
-    """The first 5 s."""
-    audio, rate = sf.read(path_or_file, dtype="float32", always_2d=True)
-    mono = audio.mean(1)[: rate * 5]
-    return mono if rate == RATE else soxr.resample(mono, rate, RATE).astype(np.float32)
-
-
-def _note_number(name: str) -> int:
-    """MIDI number of a name such as As3, C#4 or Ds1v8."""
-    name = name.split("v")[0].replace("#", "s")
-    steps = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-    return steps[name[0]] + (name[1] == "s") + 12 * (int(name[-1]) + 1)
-
-
-def npm_bank(archive: Path) -> Bank:
-    """A packed npm instrument with one recording per note (`A2.mp3`, `Cs4.ogg`, `A0v8.ogg`)."""
-    samples = {}
-    with tarfile.open(archive) as tar:
-        for member in tar.getmembers():
-            path = Path(member.name)
-            if path.suffix in {".mp3", ".ogg"}:
-                file = tar.extractfile(member)
-                if file is not None:
-                    samples[_note_number(path.stem)] = _trimmed(_mono(file))
-    peak = max(float(np.abs(s).max()) for s in samples.values())
-    return Bank({p: s / peak for p, s in samples.items()})
-
-
-def _trimmed(sample: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cuts silence before the attack, so that notes start when they are played."""
-    loud = np.flatnonzero(np.abs(sample) > 0.02 * np.abs(sample).max())
-    return sample[max(0, int(loud[0]) - 40) :] if len(loud) else sample
-
-
-KIT_WORDS_TO_PITCHES = (
-    (("kick", "bassdrum", "bass drum", "thump"), (35, 36)),
-    (("stick", "rim click", "click"), (37,)),
-    (("snare", "slap"), (38, 40)),
-    (("clap",), (39,)),
-    (("closed", "hat cl", " cl", "hat low", "hat ring"), (42,)),
-    (("pedal", " pd"), (44,)),
-    (("open", "hat op", " op", "ohh", "opened"), (46,)),
-    (("tom low", "floor", "tom lo", "low tom"), (41, 43, 45)),
-    (("tom mid", "tom 2", "middle tom", "tom"), (47,)),
-    (("tom hi", "tom 1", "high tom", "tomhi"), (48, 50)),
-    (("crash", "cymbal", "splash"), (49, 57, 55, 52)),
-    (("ride",), (51, 59)),
-    (("bell", "cup"), (53,)),
-    (("cowbell",), (56,)),
-    (("tambourine",), (54,)),
-)
-
-
-def hydrogen_bank(folder: Path) -> Bank | None:
-    """A Hydrogen kit's first layers on General MIDI pitches; None where kick, snare or hi-hat is missing."""
-    samples: dict[int, NDArray[np.float32]] = {}
-    root = ET.parse(folder / "drumkit.xml").getroot()
-    for element in root.iter():
-        element.tag = element.tag.split("}")[-1]
-    for instrument in root.iter("instrument"):
-        name = (instrument.findtext("name") or "").lower()
-        named = [part.findtext("filename") for part in (*instrument.iter("layer"), instrument)]
-        files = [folder / f for f in named if f and (folder / f).exists()]
-        if not files:
-            continue
-        for words, pitches in KIT_WORDS_TO_PITCHES:
-            if any(w in name for w in words) and pitches[0] not in samples:
-                sample = _trimmed(_mono(files[0]))
-                samples.update(dict.fromkeys(pitches, sample))
-                break
-    if not {36, 38, 42} <= set(samples):
-        return None
-    peak = max(float(np.abs(s).max()) for s in samples.values())
-    return Bank({p: (s / peak).astype(np.float32) for p, s in samples.items()}, one_shot=True)
-
-
 # --- our own synthesis --------------------------------------------------------------------------------
 
 
@@ -484,6 +361,16 @@ def _archive_bank(path: Path) -> Bank | None:
     return npm_bank(path) if path.suffix == ".tgz" else hydrogen_bank(path)
 
 
+@functools.lru_cache(maxsize=64)
+def _sfz_bank(path: Path, velocity: int, stem: str) -> Bank:
+    return sfz_bank(path, velocity, stem)
+
+
+def sfz(path: Path, velocity: int, stem: str) -> Render:
+    """An SFZ instrument as a source, one of its layers throughout, read at first use."""
+    return lambda notes, n, rng: _sfz_bank(path, velocity, stem).render(notes, n, rng)
+
+
 def recorded(path: Path) -> Render:
     """A recorded bank as a source, read at first use."""
 
@@ -506,6 +393,43 @@ ARCHIVES: dict[str, tuple[str, tuple[str, ...]]] = {
     "piano-mp3": ("piano", ("acoustic", "grand piano")),
     "piano-velocity": ("piano", ("acoustic", "grand piano")),
 }
+
+
+GM = "Discord-SFZ-GM-Bank/Discord GM/Melodic/"
+LAYERS = (50, 105)  # velocities whose recordings count as sounds of their own
+# Below the folder `sfz` of the samples.
+SFZ_INSTRUMENTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("electric-bass-YR/FingerBassYR 20190930.sfz", "bass", ("electric", "finger bass")),
+    ("electric-bass-YR/PickedBassYR 20190930.sfz", "bass", ("electric", "picked bass")),
+    ("karoryfer.growlybass/growlybass_clean.sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.swagbass/swagbass_clean.sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.swagbass/swagbass_shiny.sfz", "bass", ("electric", "picked bass")),
+    ("karoryfer.pastabass/linguine.sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.pastabass/spaghetti.sfz", "bass", ("electric", "picked bass")),
+    ("karoryfer.pastabass/fetuccine.sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.pastabass/tagliatelle.sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.meatbass/Programs/pizz_basic.sfz", "bass", ("acoustic", "upright bass")),
+    ("dsmolken.double-bass/d_smolken_rubner_bass_pizz.sfz", "bass", ("acoustic", "upright bass")),
+    ("synth-bass-1/SynthBass1 20190723.sfz", "bass", ("electric", "synth bass")),
+    ("synth-bass-2/SynthBass2 20210405.sfz", "bass", ("electric", "synth bass")),
+    ("lately-bass/LatelyBass 20240409.sfz", "bass", ("electric", "synth bass")),
+    (GM + "034-Electric Bass (finger).sfz", "bass", ("electric", "finger bass")),
+    ("karoryfer.emilyguitar/emily_clean.sfz", "guitar", ("electric", "clean guitar")),
+    ("karoryfer.shinyguitar/Programs/acoustic_one.sfz", "guitar", ("acoustic", "steel guitar")),
+    ("karoryfer.shinyguitar/Programs/electric_one.sfz", "guitar", ("electric", "clean guitar")),
+    ("spanish-classical-guitar/SpanishClassicalGuitar-20190618.sfz", "guitar", ("acoustic", "nylon guitar")),
+    (GM + "026-Acoustic Guitar (steel).sfz", "guitar", ("acoustic", "steel guitar")),
+    ("GregSullivan.E-Pianos/Pianet T/Pianet T.sfz", "piano", ("electric", "electric piano")),
+    ("GregSullivan.E-Pianos/Wurlitzer EP200/Wurlitzer EP200.sfz", "piano", ("electric", "electric piano")),
+    ("GregSullivan.E-Pianos/CP80/CP80.sfz", "piano", ("electric", "grand piano")),
+    ("fm-piano1/FM-Piano1 20190916.sfz", "piano", ("electric", "fm electric piano")),
+    ("fm-piano2/FM-Piano2 20161112.sfz", "piano", ("electric", "fm electric piano")),
+    ("upright-piano-KW/UprightPianoKW-20220221.sfz", "piano", ("acoustic", "upright piano")),
+    ("old-piano-FB/PianoFB 20200401.sfz", "piano", ("acoustic", "upright piano")),
+    ("SplendidGrandPiano/Splendid Grand Piano.sfz", "piano", ("acoustic", "grand piano")),
+    (GM + "002-Bright Acoustic Piano.sfz", "piano", ("bright", "piano")),
+    (GM + "005-Electric Piano 1.sfz", "piano", ("electric", "electric piano")),
+)
 
 
 def font_player(path: str) -> Callable[[str, int, bool], Render]:
@@ -556,6 +480,10 @@ def training_sources(samples: Path, made_from: int = 0) -> list[Source]:
             electric = any(w in kit.name for w in ("Electr", "Audiophob", "Vari", "rumpf"))
             words = ("electric" if electric else "acoustic", "drum kit")
             sources.append(Source(kit.name, "drums", words, recorded(kit)))
+    for name, stem, words in SFZ_INSTRUMENTS:
+        path = samples / "sfz" / name
+        if path.exists():
+            sources += [Source(f"sfz:{path.stem}:{v}", stem, words, sfz(path, v, stem)) for v in LAYERS]
     for seed in range(made_from, made_from + MADE_PER_STEM):
         sources += _made_sources(seed)
     return sources

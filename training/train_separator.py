@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.signal import butter, lfilter, sosfilt
 
 from export.separator import Separator, SeparatorConfig
-from training.loop import Logs, add_arguments, loop_config, mixed_precision, train
+from training.loop import Logs, add_arguments, join_workers, loop_config, mixed_precision, train
 from training.mel import squared_magnitude
 from training.render import SEPARATION_RATE
 from training.stems import STEMS
@@ -210,8 +210,12 @@ def mask_error(masks: torch.Tensor, given: Mixtures) -> torch.Tensor:
     the audio's error but for the overlap of its windows.
     """
     power = given.mixture.square()[:, None]
-    error = (masks * (masks * power - 2 * given.shared)).sum((2, 3)) + given.energy
-    least = QUIETEST * power.sum((2, 3)) + NOTHING
+    return _log_ratio((masks * (masks * power - 2 * given.shared)).sum((2, 3)) + given.energy, given)
+
+
+def _log_ratio(error: torch.Tensor, given: Mixtures) -> torch.Tensor:
+    """Of an error's energy (B, S) to the stem's; NaN where that is silent."""
+    least = QUIETEST * given.mixture.square().sum((1, 2))[:, None] + NOTHING
     ratio = torch.log((error.clamp_min(0) + least) / (given.energy + least))
     return torch.where(given.energy > least, ratio, torch.nan)
 
@@ -222,10 +226,12 @@ def separation_loss(network: Separator, given: Mixtures, device: str) -> tuple[t
         masks = network(given.mixture).float()
     ratios = mask_error(masks, given)
     sounding = ~ratios.isnan()
-    power = given.mixture.square()[:, None]
-    leaked = ((masks.square() * power).sum((2, 3)) / power.sum((2, 3)).clamp_min(1e-9))[~sounding]
-    loss = (torch.where(sounding, ratios, 0.0).sum() + leaked.sum()) / sounding.numel()
-    before = mask_error(torch.ones_like(masks), given)
+    power = given.mixture.square()
+    share = power / power.sum((1, 2), keepdim=True).clamp_min(1e-9)
+    leaked = (masks[~sounding].square() * share[:, None].expand_as(masks)[~sounding]).sum()
+    loss = (torch.where(sounding, ratios, 0.0).sum() + leaked) / sounding.numel()
+    unmasked = power.sum((1, 2))[:, None] - 2 * given.shared.sum((2, 3)) + given.energy
+    before = _log_ratio(unmasked, given)
     logs = {"db": ratios.nanmean().item() * DECIBEL} if sounding.any() else {}
     for number, stem in enumerate(STEMS):
         row = sounding[:, number]
@@ -245,7 +251,7 @@ def main() -> None:
     if args.frames % sizes.patch:
         parser.error(f"--frames {args.frames} is no multiple of {sizes.patch}")
     config = replace(loop_config(args), muon=True)
-    rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
+    rng = np.random.default_rng([args.seed, int(args.minutes * 100), join_workers()])
     torch.manual_seed(args.seed)
     songs, held_out = (load_stems(args.data / kind, args.frames) for kind in ("train", "val"))
     fixed = draw(held_out, 32, np.random.default_rng(7), augment=False, frames=args.frames)
