@@ -1,7 +1,8 @@
-"""python -m training.overlap: does a soundfont hold the recordings of another one?
+"""python -m training.overlap: does a soundfont, or an SFZ instrument, hold the recordings of another font?
 
 Fonts pass samples on to each other, so a font that was never trained on may still have been heard. Both play
-the same single notes, and the largest correlation over all delays is printed: near 1 it is one recording.
+the same single notes, and the largest correlation over all delays is printed: near 1 it is one recording. An
+SFZ instrument is compared with every program of the stems whose range it has.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.samplers import RATE
-from training.sources import EVERY_PROGRAM, HELD_OUT_FONT, KITS, font_player
+from training.samplers import RANGES, RATE
+from training.sources import EVERY_PROGRAM, HELD_OUT_FONT, KITS, LAYERS, font_player, sfz
 from training.stems import STEMS
 
 PITCHES = {"bass": (33, 43), "drums": (36, 38, 42, 45, 46, 49, 51), "guitar": (50, 64), "piano": (48, 60, 72)}
@@ -35,7 +36,10 @@ def correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
 def note(font: str, stem: str, program: int, pitch: int) -> NDArray[np.float32]:
     """One note of a font's program, held for SECONDS; NaN, which some fonts give, is silence."""
     played = np.array([[0.0, SECONDS, pitch, 100.0]])
-    render = font_player(font)(font, program, stem == "drums")
+    if font.endswith(".sfz"):
+        render = sfz(Path(font), LAYERS[-1], stem)
+    else:
+        render = font_player(font)(font, program, stem == "drums")
     return np.nan_to_num(render(played, int(SECONDS * RATE), np.random.default_rng(0)))
 
 
@@ -49,16 +53,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("fonts", nargs="+", type=Path, help="soundfonts to look at")
+    parser.add_argument("fonts", nargs="+", type=Path, help="soundfonts or .sfz files to look at")
     parser.add_argument("--reference", default=HELD_OUT_FONT, help="compare with this one (%(default)s)")
     args = parser.parse_args()
     for font in args.fonts:
         print(f"{font} against {args.reference}")
-        for stem in STEMS:
+        for stem in RANGES if font.suffix == ".sfz" else STEMS:
             for program in PROGRAMS[stem]:
                 try:
                     found = overlap(str(font), args.reference, stem, program)
-                except ValueError:  # a font without this program
+                except ValueError:  # without this program, or range
                     continue
                 print(f"  {stem} {program}: {' '.join(f'{c:.2f}' for c in found)}", flush=True)
 

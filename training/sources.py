@@ -7,7 +7,7 @@ the pools are wide and a random member is drawn per stem and render.
 Held out, never in these pools: TimGM6mb, and whatever shares its samples. Measured by correlating single
 notes, csound's GMbank is the same recordings nearly throughout, Merlin in about half its programs and A320U
 in its kits and a few more; GMbank is left out, Merlin keeps only the programs below 0.8, A320U those below
-0.85.
+0.85. Of the SFZ bank of GM, the Rhodes is left out.
 """
 
 from __future__ import annotations
@@ -428,7 +428,6 @@ SFZ_INSTRUMENTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("old-piano-FB/PianoFB 20200401.sfz", "piano", ("acoustic", "upright piano")),
     ("SplendidGrandPiano/Splendid Grand Piano.sfz", "piano", ("acoustic", "grand piano")),
     (GM + "002-Bright Acoustic Piano.sfz", "piano", ("bright", "piano")),
-    (GM + "005-Electric Piano 1.sfz", "piano", ("electric", "electric piano")),
 )
 
 
