@@ -15,13 +15,13 @@ import pytest
 import soundfile as sf
 import torch
 
-from training import held_out, overlap, render, samplers, sources
+from training import held_out, instruments, overlap, render, sources
 from training.bands import RANGES, Song, folded, part_of, split_grooves, try_song
 from training.charts import timeline
 from training.dataset import load_songs
 from training.grooves import HELD_OUT, Groove, list_grooves, role_of, spread
+from training.instruments import RATE, Bank, hydrogen_bank, npm_bank, sfz_bank
 from training.mel import FLOOR, GEOMETRY, QUANTUM, log_mel
-from training.samplers import RATE, Bank, hydrogen_bank, npm_bank, sfz_bank
 from training.sources import (
     ARCHIVES,
     FREEPATS,
@@ -224,7 +224,7 @@ def test_a_bank_plays_the_nearest_recording_resampled() -> None:
     ("name", "number"), [("A4", 69), ("C4", 60), ("As3", 58), ("C#4", 61), ("Ds1v8", 27), ("A0v12", 21)]
 )
 def test_note_names(name: str, number: int) -> None:
-    assert samplers._note_number(name) == number
+    assert instruments._note_number(name) == number
 
 
 def test_packed_instruments_are_read_trimmed_and_levelled(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_sfz_instruments_play_one_layer(tmp_path: Path) -> None:
     path.write_text(SFZ)
     soft, loud = (sfz_bank(path, velocity, "piano") for velocity in LAYERS)
     assert set(soft.samples) == {57, 61} and set(loud.samples) == {60}
-    regions = samplers._sfz_regions(path)
+    regions = instruments._sfz_regions(path)
     assert regions[0] == {
         "default_path": "notes\\",
         "ampeg_release": "0.3",

@@ -11,8 +11,8 @@ import soundfile as sf
 
 from training.bands import split_grooves, try_song
 from training.grooves import list_grooves
+from training.instruments import RATE
 from training.render import levelled
-from training.samplers import RATE
 from training.sources import soundfont
 from training.stems import STEMS
 

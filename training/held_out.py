@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from training.bands import Song, split_grooves, try_song
 from training.grooves import Groove, list_grooves
+from training.instruments import RATE
 from training.render import render_stem
-from training.samplers import RATE
 from training.sources import Source, held_out_sources
 from training.stems import STEMS
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.samplers import RANGES, RATE
+from training.instruments import RANGES, RATE
 from training.sources import EVERY_PROGRAM, HELD_OUT_FONT, KITS, LAYERS, font_player, sfz
 from training.stems import STEMS
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from engine.harmony import UNPITCHED
 from training.bands import Song, split_grooves, try_song
 from training.grooves import list_grooves
+from training.instruments import RATE
 from training.mel import GEOMETRY, log_mel, to_bytes
-from training.samplers import RATE
 from training.sources import Source, held_out_sources, training_sources
 from training.stems import STEMS
 

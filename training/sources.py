@@ -25,7 +25,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-from training.samplers import RATE, Bank, Notes, hydrogen_bank, npm_bank, sfz_bank
+from training.instruments import RATE, Bank, Notes, hydrogen_bank, npm_bank, sfz_bank
 
 Render = Callable[[Notes, int, np.random.Generator], NDArray[np.float32]]
 
