@@ -42,8 +42,8 @@ from training.train_unet import SCHEDULE, STATISTICS, freeze, unet_config
 PROVENANCE = (
     "Trained by the Backline authors on synthetic bands: Musical MIDI Accompaniment's stdlib grooves over "
     "generated chord charts, rendered with FluidR3, MuseScore General, OPL3-FM, parts of Merlin, sampled "
-    "instruments from npm, freepats, Sonivox, parts of A320U, Hydrogen drum kits and our own synthesis; see "
-    "docs/data.md. TimGM6mb was held out."
+    "instruments from npm and in SFZ, freepats, Sonivox, parts of A320U, Hydrogen drum kits and our own "
+    "synthesis; see docs/data.md. TimGM6mb was held out."
 )
 POWER = 0.65  # of masks that the UNet's mels make: softer than a Wiener filter's, as its estimates are
 CONTEXT_DB = MIXTURE_DB - 1.5  # a band without one of its stems
