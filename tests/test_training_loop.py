@@ -138,6 +138,13 @@ def test_workers_move_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
     assert [(row["step"], row["worker"]) for row in rows] == [(30, 0.0), (60, 0.0)]
 
 
+def test_workers_that_were_not_joined_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="without torchrun"):
+        train(network(), error, LoopConfig(tmp_path / "run", 1.0), quiet)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("_no_pictures")
 def test_weights_without_an_optimisers_state_are_warmed_up_again(tmp_path: Path) -> None:
     model = network()

@@ -119,9 +119,11 @@ def train(
     `loss(model, step)` returns the scalar to minimise and what to log, `validate(ema)` what the report shows.
     Every `config.validate_every` seconds and at the end the checkpoint is written, a line is added to
     `log.jsonl` and `curves.png` is drawn. The random state is not kept: a resumed run starts the seed's draws
-    again. Raises RuntimeError where the loss is not finite. After `join_workers` all move by the mean of
-    their gradients; the first keeps the time, and writes and logs for itself.
+    again. After `join_workers` all move by the mean of their gradients; the first keeps the time, and writes
+    and logs for itself. Raises RuntimeError where the loss is not finite, or workers were not joined.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        raise RuntimeError("this network is trained by one process; start it without torchrun")
     config.out.mkdir(parents=True, exist_ok=True)
     model.to(config.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
