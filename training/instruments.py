@@ -87,8 +87,13 @@ def npm_bank(archive: Path) -> Bank:
                 file = tar.extractfile(member)
                 if file is not None:
                     samples[_note_number(path.stem)] = _trimmed(_mono(file))
+    return _levelled(samples)
+
+
+def _levelled(samples: dict[int, NDArray[np.float32]], one_shot: bool = False) -> Bank:
+    """A bank of these, the loudest at 1."""
     peak = max(float(np.abs(s).max()) for s in samples.values())
-    return Bank({p: s / peak for p, s in samples.items()})
+    return Bank({p: (s / peak).astype(np.float32) for p, s in samples.items()}, one_shot=one_shot)
 
 
 def _trimmed(sample: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -135,8 +140,7 @@ def hydrogen_bank(folder: Path) -> Bank | None:
                 break
     if not {36, 38, 42} <= set(samples):
         return None
-    peak = max(float(np.abs(s).max()) for s in samples.values())
-    return Bank({p: (s / peak).astype(np.float32) for p, s in samples.items()}, one_shot=True)
+    return _levelled(samples, one_shot=True)
 
 
 RANGES = {"bass": (20, 60), "guitar": (36, 80), "piano": (21, 108)}  # beyond them SFZ files keep noises
@@ -161,8 +165,7 @@ def sfz_bank(path: Path, velocity: int, stem: str) -> Bank:
             samples[pitch] = _trimmed(_mono(file))
     if not samples:
         raise ValueError(f"{path} plays no recording at velocity {velocity}")
-    peak = max(float(np.abs(s).max()) for s in samples.values())
-    return Bank({p: s / peak for p, s in samples.items()})
+    return _levelled(samples)
 
 
 def _recording(path: Path, region: dict[str, str]) -> Path | None:

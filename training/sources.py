@@ -361,9 +361,7 @@ def _archive_bank(path: Path) -> Bank | None:
     return npm_bank(path) if path.suffix == ".tgz" else hydrogen_bank(path)
 
 
-@functools.lru_cache(maxsize=64)
-def _sfz_bank(path: Path, velocity: int, stem: str) -> Bank:
-    return sfz_bank(path, velocity, stem)
+_sfz_bank = functools.lru_cache(maxsize=64)(sfz_bank)
 
 
 def sfz(path: Path, velocity: int, stem: str) -> Render:

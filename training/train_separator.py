@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ class Mixtures:
     mixture: torch.Tensor  # (B, frames, bins) magnitudes
     shared: torch.Tensor  # real part of the mixture's conjugate times each stem
     energy: torch.Tensor  # (B, S) of each stem
+
+    @cached_property
+    def power(self) -> torch.Tensor:
+        """(B, frames, bins), of the mixture."""
+        return self.mixture.square()
 
 
 def load_stems(folder: Path, frames: int = FRAMES) -> list[NDArray[np.int16]]:
@@ -209,13 +215,13 @@ def mask_error(masks: torch.Tensor, given: Mixtures) -> torch.Tensor:
     |M X - S|^2 = M^2 |X|^2 - 2 M Re(X* S) + |S|^2 over the whole spectrogram, which by Parseval's theorem is
     the audio's error but for the overlap of its windows.
     """
-    power = given.mixture.square()[:, None]
+    power = given.power[:, None]
     return _log_ratio((masks * (masks * power - 2 * given.shared)).sum((2, 3)) + given.energy, given)
 
 
 def _log_ratio(error: torch.Tensor, given: Mixtures) -> torch.Tensor:
     """Of an error's energy (B, S) to the stem's; NaN where that is silent."""
-    least = QUIETEST * given.mixture.square().sum((1, 2))[:, None] + NOTHING
+    least = QUIETEST * given.power.sum((1, 2))[:, None] + NOTHING
     ratio = torch.log((error.clamp_min(0) + least) / (given.energy + least))
     return torch.where(given.energy > least, ratio, torch.nan)
 
@@ -226,11 +232,10 @@ def separation_loss(network: Separator, given: Mixtures, device: str) -> tuple[t
         masks = network(given.mixture).float()
     ratios = mask_error(masks, given)
     sounding = ~ratios.isnan()
-    power = given.mixture.square()
-    share = power / power.sum((1, 2), keepdim=True).clamp_min(1e-9)
+    share = given.power / given.power.sum((1, 2), keepdim=True).clamp_min(1e-9)
     leaked = (masks[~sounding].square() * share[:, None].expand_as(masks)[~sounding]).sum()
     loss = (torch.where(sounding, ratios, 0.0).sum() + leaked) / sounding.numel()
-    unmasked = power.sum((1, 2))[:, None] - 2 * given.shared.sum((2, 3)) + given.energy
+    unmasked = given.power.sum((1, 2))[:, None] - 2 * given.shared.sum((2, 3)) + given.energy
     before = _log_ratio(unmasked, given)
     logs = {"db": ratios.nanmean().item() * DECIBEL} if sounding.any() else {}
     for number, stem in enumerate(STEMS):
