@@ -3,8 +3,10 @@
 The UNet hears a mix through 64 numbers per four frames, which is enough to play along and too coarse to take
 it apart. This network sees every bin, split into bands as in Band-Split RNN (Luo & Yu 2022,
 arXiv:2209.15174), with convolutions over time and bands where that has recurrences, and a track that sees
-the whole spectrum at once, for what harmonics share. The convolutions are dense: depthwise ones read as much
-memory for a hundredth of the products, and matrix units are what processors have to spare.
+the whole spectrum at once, for what harmonics share. Attention over time, as in Lu and others' BS-RoFormer
+(2023, arXiv:2309.02612) but without positions, finds what is played again. The convolutions are dense:
+depthwise ones read as much memory for a hundredth of the products, and matrix units are what processors have
+to spare.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from export.attention import attend
 from export.blocks import ConvBlock
 
 
@@ -27,6 +30,9 @@ class SeparatorConfig:
     blocks: int = 8
     seen: int = 8  # numbers of each band that the track reads and writes
     track: int = 256
+    heads: int = 2  # of the attention over time within each band, in every second block
+    track_heads: int = 4  # of the track's, in every block
+    head: int = 32  # channels of a head
     floor: float = 1e-3  # of the mix's root mean square
 
     @property
@@ -52,7 +58,9 @@ class Separator(nn.Module):
         c, self.config = config, config
         self.inward = nn.ModuleList(BandLinear(n, c.patch * width, c.dim) for n, width in c.bands)
         self.place = nn.Parameter(torch.randn(c.count, c.dim) * 0.1)
-        self.blocks = nn.ModuleList(Block(c, 2 ** (number % 3)) for number in range(c.blocks))
+        self.blocks = nn.ModuleList(
+            Block(c, 2 ** (number % 3), c.heads * (number % 2)) for number in range(c.blocks)
+        )
         self.norm = nn.LayerNorm(c.dim)
         self.outward = nn.ModuleList(BandLinear(n, c.dim, c.stems * c.patch * width) for n, width in c.bands)
         for parameter in self.outward.parameters():
@@ -103,12 +111,34 @@ class BandLinear(nn.Module):
         return made.permute(1, 2, 0, 3) + self.bias
 
 
-class Block(nn.Module):
-    """On (B, T, bands, dim): a convolution over time and bands, then an exchange with the track."""
+class Recall(nn.Module):
+    """Attention over time (Vaswani et al. 2017) on (N, T, C), without positions: untrained it adds nothing.
 
-    def __init__(self, config: SeparatorConfig, dilation: int) -> None:
+    What repeats is played by the same instrument, wherever in the window it could be told which.
+    """
+
+    def __init__(self, dim: int, heads: int, head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.ask = nn.Linear(dim, 3 * heads * head)
+        self.answer = nn.Linear(heads * head, dim)
+        nn.init.zeros_(self.answer.weight)
+        nn.init.zeros_(self.answer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries, keys, values = self.ask(self.norm(x)).chunk(3, -1)
+        return self.answer(attend(queries, keys, values, self.heads))
+
+
+class Block(nn.Module):
+    """On (B, T, bands, dim): a convolution over time and bands, attention over time within each band where
+    there are `heads` for it, then an exchange with the track."""
+
+    def __init__(self, config: SeparatorConfig, dilation: int, heads: int) -> None:
         super().__init__()
         c = config
+        self.within = Recall(c.dim, heads, c.head) if heads else None
         self.norm = nn.LayerNorm(c.dim)
         self.dilation = dilation
         self.convolve = nn.Linear(9 * c.dim, c.dim)  # the weights of a convolution over 3 x 3, as a matrix
@@ -116,6 +146,7 @@ class Block(nn.Module):
         self.read = nn.Linear(c.dim, c.seen)
         self.inward = nn.Linear(c.count * c.seen, c.track)
         self.track = ConvBlock(c.track, 1.5, kernel=9)
+        self.along = Recall(c.track, c.track_heads, c.head)
         self.whole = nn.Linear(c.track, c.track)  # of what the track says on average over the window
         self.leave = nn.LayerNorm(c.track)
         self.outward = nn.Linear(c.track, c.count * c.seen)
@@ -126,8 +157,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, track: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x = x + self.project(F.relu(self._convolved(self.norm(x))))
+        if self.within is not None:
+            by_band = x.transpose(1, 2)
+            x = x + self.within(by_band.flatten(0, 1)).view_as(by_band).transpose(1, 2)
         heard = self.inward(self.read(x).flatten(2))
         track = self.track(heard if track is None else track + heard)
+        track = track + self.along(track)
         track = track + self.whole(track.mean(1, keepdim=True))
         told = self.outward(self.leave(track)).unflatten(2, (x.shape[2], -1))
         return x + self.write(told), track

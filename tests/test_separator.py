@@ -20,9 +20,11 @@ from engine.manifest import Separator as Geometry
 from engine.model import Model
 from engine.separation import RESIDUAL, joined, separator_masks, split
 from engine.take import Settings
-from export.separator import Separator, SeparatorConfig
+from export.attention import attend
+from export.separator import Recall, Separator, SeparatorConfig
+from training import from_bundle
 from training.add_separator import add_separator
-from training.from_bundle import read_separator
+from training.from_bundle import read_separator, read_weights
 from training.loop import write_checkpoint
 from training.stems import STEMS
 from training.train_separator import (
@@ -75,6 +77,38 @@ def test_untrained_masks_are_equal_and_any_gain_is_heard_alike() -> None:
     assert float((masks - 0.25).detach().abs().max()) > 0.2
     assert torch.allclose(network(mixture * 300), masks, atol=1e-4)
     assert torch.isfinite(network(torch.zeros(1, 4, BINS))).all()
+
+
+def test_recall_adds_nothing_until_trained_and_then_what_is_far_away() -> None:
+    torch.manual_seed(0)
+    recall = Recall(16, heads=2, head=8)
+    heard = torch.randn(3, 50, 16)
+    assert not recall(heard).any()
+    nn.init.normal_(recall.answer.weight)
+    told = recall(heard)
+    assert told.shape == heard.shape
+    louder = heard.clone()
+    louder[:, -1] += torch.randn(16)
+    assert float((recall(louder) - told)[:, 0].detach().abs().max()) > 1e-3
+    order = torch.randperm(50)
+    assert torch.allclose(recall(heard[:, order]), told[:, order], atol=1e-5)
+
+
+def test_attention_is_the_same_with_gradients() -> None:
+    """What training computes for itself, and its gradients, against torch's own kernel."""
+    torch.manual_seed(0)
+    given = [torch.randn(3, count, 16) for count in (20, 30, 30)]
+    mine, theirs = ([x.clone().requires_grad_() for x in given] for _ in range(2))
+    out = attend(*mine, heads=2)
+    heads = [x.unflatten(-1, (2, 8)).transpose(1, 2) for x in theirs]
+    expected = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(attend(*given, heads=2), expected, atol=1e-6)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
 def test_the_error_is_the_audios() -> None:
@@ -357,6 +391,24 @@ def test_it_is_added_to_a_bundle_and_read_from_it_again(tiny_default_bundle: Pat
     noise = np.random.default_rng(0).standard_normal((1, 60000)).astype(np.float32)
     take = split(Model.open(tmp_path / "made", "cpu", 1), Audio(noise, 44100))
     assert np.abs(take.mix().samples - noise).max() < 1e-5
+
+
+def test_a_separator_without_attention_can_be_trained_on(
+    tiny_default_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles up to 0.16.0 have none."""
+    bundle = load_bundle(tiny_default_bundle)
+    weights = read_weights(bundle.path("separator.onnx"))
+    kept = {name: w for name, w in weights.items() if ".along." not in name and ".within." not in name}
+    assert len(kept) < len(weights)
+    monkeypatch.setattr(from_bundle, "read_weights", lambda path: kept)
+    network = read_separator(bundle)
+    mixture = torch.rand(1, 8, network.config.bins + 1)
+    with torch.no_grad():
+        masks = network(mixture)
+        for block in network.blocks:
+            block.along.ask.weight.normal_()  # type: ignore[union-attr,operator]
+        assert torch.equal(network(mixture), masks)
 
 
 def test_the_mean_with_an_earlier_state(tiny_default_bundle: Path, tmp_path: Path) -> None:

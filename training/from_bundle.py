@@ -189,9 +189,10 @@ def read_unet(bundle: Bundle, tones: int | None = None, *, distilled: bool = Fal
 
 
 def read_separator(bundle: Bundle) -> Separator:
-    """The separator of a bundle that declares one."""
+    """The separator of a bundle that declares one; attention that it lacks is new and adds nothing yet."""
     network = Separator(SeparatorConfig(**bundle.manifest.networks["separator"]))
-    fill_in(network, read_weights(bundle.path("separator.onnx")))
+    attention = {n: w for n, w in network.state_dict().items() if ".along." in n or ".within." in n}
+    fill_in(network, attention | read_weights(bundle.path("separator.onnx")))
     return network
 
 
