@@ -4,7 +4,7 @@ An instrument plays few different sounds in a few seconds, and plays them again.
 stem are a small sum of templates, spectra that come and go (Smaragdis and Brown 2003), fitted to what the
 masks give the stem at first and then, all stems together, to the mix: what a mask gave to a stem in one place
 and not in another, where the same sound comes again, is shared out alike. Templates know nothing of
-instruments and masks nothing of repetition, so both are asked: a product of experts (Hinton 2002).
+instruments and masks nothing of repetition, so both are asked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float32]
 TEMPLATES = 12  # a stem, in the ten seconds or so that are given at a time
 APART, TOGETHER = 10, 10  # steps on each stem under its mask and on the mix: more fit the masks' errors, too
 TRUST = 0.6  # weight of the templates in the geometric mean with the masks
-LEAST = np.float32(1e-4)  # a mask of either that rules a stem out still leaves it this much
+LEAST = np.float32(1e-4)  # a mask that rules a stem out where another hears it leaves it this much
 NOTHING = np.float32(1e-6)  # of the mix's mean magnitude, far below what is audible
 
 
@@ -31,8 +31,16 @@ def refined(masks: FloatArray, magnitudes: FloatArray, starts: int = 1) -> Float
         return masks
     mix = (magnitudes / level).astype(np.float32)
     shares = np.mean([_shares(masks, mix, seed) for seed in range(starts)], axis=0)
-    both = np.maximum(masks, LEAST) ** (1 - TRUST) * np.maximum(shares, LEAST) ** TRUST
-    return (both / both.sum(axis=0)).astype(np.float32)
+    return geometric_mean(np.maximum(shares, LEAST), np.maximum(masks, LEAST), TRUST)
+
+
+def geometric_mean(first: FloatArray, second: FloatArray, share: float) -> FloatArray:
+    """Two masks (S, ...) above zero as one that sums to one over stems, `share` of it the first's.
+
+    A product of experts (Hinton 2002, "Training products of experts by minimizing contrastive divergence").
+    """
+    mean = first**share * second ** (1 - share)
+    return mean / mean.sum(axis=0)
 
 
 def _shares(masks: FloatArray, mix: FloatArray, seed: int) -> FloatArray:
@@ -66,6 +74,6 @@ def fit(
 def _random(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
     """Where `fit` may begin, for magnitudes of this shape whose mean is about one."""
     frames, bins = shape
-    begun = (rng.uniform(0.1, 1.1, (frames, TEMPLATES)), rng.uniform(0.1, 1.1, (TEMPLATES, bins)))
-    activations, templates = (np.asarray(x / TEMPLATES**0.5, np.float32) for x in begun)
-    return activations, templates
+    activations = rng.uniform(0.1, 1.1, (frames, TEMPLATES)) / TEMPLATES**0.5
+    templates = rng.uniform(0.1, 1.1, (TEMPLATES, bins)) / TEMPLATES**0.5
+    return activations.astype(np.float32), templates.astype(np.float32)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.audio import Audio, check, empty, fit, mono, release, resample
 from engine.denoisers import dirac, gaussian
 from engine.errors import UsageError
-from engine.factorisation import refined
+from engine.factorisation import LEAST, geometric_mean, refined
 from engine.features import istft, mel_edges, stft
 from engine.listening import gain_to, model_signal, signal_level, window_mel
 from engine.manifest import Manifest, Mel, Separator
@@ -56,7 +56,6 @@ POSTERIOR_SAMPLER = "euler"
 PITCHES = {"draft": (0.0,), "normal": (-1.0, 1.0), "best": (-4.0, -2.0, 0.0, 2.0, 4.0)}
 # Random beginnings of the factorisation, see `refined`: there one gains 0.6 dB at one pitch, three at two.
 STARTS = {"draft": 1, "normal": 3, "best": 5}
-LEAST = np.float32(1e-4)  # a mask that rules a stem out where the other hears it leaves it this much
 STFT_SECONDS = 0.0464  # 2048 samples at 44.1 kHz
 BLOCK = 1 << 21  # complex values of the masked spectrograms held at a time
 
@@ -206,23 +205,14 @@ def _heard(
     heard: list[tuple[float, Masks]] = []
     for number, semitones in enumerate(pitches):
         played = Audio(mix.samples, round(mix.sample_rate * 2 ** (semitones / 12)))
-        stored = _separated(model, separator, played, _part(report, number, len(pitches)))
+        told = _part(report, number, len(pitches))
+        stored = _by_windows(model, separator, played, lambda magnitudes, _: model.separate(magnitudes), told)
         heard.append((played.sample_rate / mix.sample_rate, separator_masks(stored, separator)))
 
     def masks(seconds: Array, hz: Array) -> FloatArray:
         return np.mean([of(seconds / speed, hz * speed) for speed, of in heard], axis=0, dtype=np.float32)
 
     return masks
-
-
-def _separated(model: Model, separator: Separator, mix: Audio, report: Report) -> FloatArray:
-    """Masks (S, frames, bins) of the whole mix, frame i at i hops, windows crossfaded."""
-
-    def of(magnitudes: FloatArray, start: int) -> FloatArray:
-        del start
-        return model.separate(magnitudes)
-
-    return _by_windows(model, separator, mix, of, report)
 
 
 def _repeated(
@@ -330,18 +320,16 @@ def separator_masks(stored: FloatArray, separator: Separator) -> Masks:
 
 
 def joined(heard: Masks, estimated: Masks, share: float) -> Masks:
-    """The geometric mean, `share` of it the first's, of two masks for every stem: a product of experts.
+    """The `geometric_mean`, `share` of it the first's, of two masks for every stem.
 
-    Hinton 2002, "Training products of experts by minimizing contrastive divergence". Where `estimated` has a
-    residual too, the stems give up what it takes.
+    Where `estimated` has a residual too, the stems give up what it takes.
     """
 
     def masks(seconds: Array, hz: Array) -> FloatArray:
         first, second = heard(seconds, hz), estimated(seconds, hz)
         rest = second[len(first) :]
         if share < 1:
-            first = (first + LEAST) ** share * (second[: len(first)] + LEAST) ** (1 - share)
-            first /= first.sum(axis=0)
+            first = geometric_mean(first + LEAST, second[: len(first)] + LEAST, share)
         return np.concatenate([first * (1 - rest.sum(axis=0)), rest])
 
     return masks
