@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from engine.bundle import Bundle
 from engine.errors import BacklineError
 from engine.manifest import GRAPHS, Manifest
 from export.onnx_writer import OPSET, Input, Precision, Shape, write_graph
 
 MANIFEST = "manifest.json"
+TIMES = (16, 24)  # latent frames at which graphs are compared with torch
 Progress = Callable[[str, float], None]
 
 
@@ -31,7 +33,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     extra: Mapping[str, bytes] | None = None,
-    times: Sequence[int] = (16, 24),
+    times: Sequence[int] = TIMES,
     tolerance: float | None = None,
     force: bool = False,
     callback: Progress | None = None,
@@ -77,6 +79,41 @@ def export_bundle(
     if callback:
         callback("done", 1.0)
     return written
+
+
+def replace_graph(
+    source: Bundle,
+    manifest: Manifest,
+    graph: str,
+    network: torch.nn.Module,
+    out: Path,
+    *,
+    sizes: Sequence[Mapping[str, int]] | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Write the bundle `out`: the files of `source` with `network` as its `graph`; return its manifest.
+
+    manifest: what it then declares. sizes: as in `write_graph`; None: as in `export_bundle`. How far the graph,
+    whose weights are float16, is from torch goes into the provenance. Raises BacklineError as `export_bundle`.
+    """
+
+    def fill(folder: Path) -> Manifest:
+        for name in source.manifest.files:
+            shutil.copyfile(source.path(name), folder / name)
+        error = write_graph(
+            network,
+            graph_inputs(manifest, graph),
+            graph_outputs(manifest, graph),
+            folder / f"{graph}.onnx",
+            sizes=sizes or _check_sizes(manifest, TIMES),
+            precision="fp16",
+        )
+        export = manifest.provenance.get("export", {})
+        errors = export.get("relative_error", {}) | {graph: float(f"{error:.1e}")}
+        provenance = manifest.provenance | {"export": export | {"relative_error": errors}}
+        return manifest.model_copy(update={"provenance": provenance})
+
+    return write_bundle(out, fill, force=force)
 
 
 def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +27,12 @@ OVERLAP = 4  # windows over each sample
 FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
 SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs to
 # A bin where the frames cancel has no phase of its own: taken at its full magnitude, rounding errors would be
-# heard. Gains end at 1 / sqrt(SOFT); the last step, which sets the levels, goes further.
-SOFT, LAST_SOFT = 0.1, 0.01
-BLOCKS = 8  # of bands: triangles reach their neighbours only, so most of a filterbank is zeros
+# heard. Gains end at 1 / sqrt(SOFT).
+SOFT = 0.01
 # What a mel at its floor stands for lies below it, by 8 dB on average on held-out stems. This share of the
 # floor, taken off in power, is 6 dB at the floor and 0.2 dB at four times it.
 BELOW = 0.87
+STEEPEST = 10.0  # times what was found, the most by which a step raises a band
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
 
@@ -55,8 +53,8 @@ class GriffinLimConfig:
     low_n_fft: int = 0
     low_bands: int = 0
     low_f_max: float = 0.0
-    magnitude_steps: int = 10
-    phase_steps: int = 4
+    magnitude_steps: int = 4
+    phase_steps: int = 8
     momentum: float = 0.99
 
     @classmethod
@@ -80,6 +78,9 @@ class GriffinLimConfig:
             n_mels=self.mels, f_min=self.f_min, f_max=self.f_max, floor=self.floor,
             low=low,
         )  # fmt: skip
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # real and imaginary parts
 
 
 class RealFFT(nn.Module):
@@ -127,7 +128,7 @@ class RealFFT(nn.Module):
         k = torch.arange(self.a // 2 + 1)[:, None] + self.a * torch.arange(self.b)
         return torch.minimum(k, self.n_fft - k), k > self.n_fft // 2
 
-    def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, frames: torch.Tensor) -> Pair:
         """(..., n_fft) -> the spectrum."""
         shape = frames.shape[:-1]
         partial = self.rows @ frames.reshape(*shape, self.a, self.b)
@@ -207,10 +208,15 @@ def _between_samples(rate: int) -> torch.Tensor:
 class Search(nn.Module):
     """The bands of one transform: mel (N, bands, frames), natural log -> audio (N, 1, frames x n_fft / 4).
 
-    Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`.
-    filters: (n_fft / 2 + 1, bands).
+    Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`, whose every
+    step also makes the magnitudes it found fit the mel (as Masuyama, Ueno and Ono, arXiv:2307.12232, do):
+    those solved for at first are only one of many that do, and no signal has them. Magnitudes are kept
+    (N, F, places) in the order of RealFFT's spectra. filters: (n_fft / 2 + 1, bands).
     """
 
+    natural: torch.Tensor
+    table: torch.Tensor
+    share: torch.Tensor
     order: torch.Tensor
     turn: torch.Tensor
     window: torch.Tensor
@@ -220,89 +226,76 @@ class Search(nn.Module):
         n_fft = 2 * (len(filters) - 1)
         self.config, self.hop = config, n_fft // OVERLAP
         self.fft = RealFFT(n_fft)
-        bins, mirrored = self.fft.places()
-        self.filters = Filters(filters)
-        self.register_buffer("order", bins.flatten())
-        self.register_buffer("turn", torch.where(mirrored, -2 * math.pi, 2 * math.pi))
-        self.register_buffer("window", torch.hann_window(n_fft))
+        bins, mirrored = (places.flatten() for places in self.fft.places())
+        natural = torch.from_numpy(np.unique(bins.numpy(), return_index=True)[1])
+        table = torch.tensor(filters)[bins] / torch.bincount(bins)[bins, None]  # some are there twice
+        total = table.sum(1)
+        tables = {
+            "order": bins,
+            "natural": natural,
+            "turn": torch.where(mirrored, -2 * math.pi, 2 * math.pi),
+            "table": table,
+            "share": torch.where(total > 0, 1 / total, 0),
+            "window": torch.hann_window(n_fft),
+        }
+        for name, values in tables.items():
+            self.register_buffer(name, values)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
         first, last = mel[..., :1], mel[..., -1:]
         padded = torch.cat([*[first] * EDGE, mel, *[last] * EDGE], -1)
         heard = padded.clamp(max=LOUDEST).exp().transpose(1, 2)
-        magnitude = self._magnitude((heard.square() - (BELOW * c.floor) ** 2).clamp_min(0).sqrt())
-        phase = self._laid_out(first_phases(magnitude, 1 / OVERLAP)) * self.turn
-        magnitude = self._laid_out(magnitude)
+        wanted = (heard.square() - (BELOW * c.floor) ** 2).clamp_min(0).sqrt()
+        magnitude = self._magnitude(wanted)
+        phase = first_phases(magnitude[..., self.natural], 1 / OVERLAP)[..., self.order] * self.turn
         audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
-        before: tuple[torch.Tensor, torch.Tensor] | None = None
-        for left in reversed(range(c.phase_steps)):
-            soft = SOFT if left else LAST_SOFT
-            found = self.fft.forward(self._frames(audio, magnitude.shape[1]) * self.window)
+        before: Pair | None = None
+        for _ in range(c.phase_steps):
+            found = self._spectrum(audio, wanted.shape[1])
+            magnitude = self._fitted(found, wanted)
             re, im = found if before is None else _ahead(found, before, c.momentum / (1 + c.momentum))
             before = found
-            scale = magnitude * torch.rsqrt(re * re + im * im + soft * magnitude * magnitude + 1e-16)
+            scale = magnitude * torch.rsqrt(re * re + im * im + SOFT * magnitude * magnitude + 1e-16)
             audio = self._audio(re * scale, im * scale)
         # padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 EDGE
         start = (EDGE + OVERLAP // 2) * self.hop
         return audio[:, None, start : start + mel.shape[-1] * self.hop]
 
-    def _magnitude(self, mel: torch.Tensor) -> torch.Tensor:
-        """(N, F, bands) -> (N, F, bins), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
-        wanted = self.filters.to_bins(mel)
-        magnitude = wanted
+    def _magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
+        """(N, F, bands) -> (N, F, places), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
+        magnitude = spread = self._spread(wanted)
         for _ in range(self.config.magnitude_steps):
-            found = self.filters.to_bins(self.filters.to_bands(magnitude))
-            magnitude = magnitude * wanted / (found + 1e-8)
-        return nn.functional.pad(magnitude, (0, self.fft.n_fft // 2 + 1 - magnitude.shape[-1]))
+            found = self._spread(magnitude @ self.table)
+            magnitude = magnitude * spread / (found + 1e-8)
+        return magnitude
 
-    def _laid_out(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, F, bins) -> (N, F, a / 2 + 1, b), as RealFFT has its spectra."""
-        return x[..., self.order].reshape(*x.shape[:2], self.fft.a // 2 + 1, self.fft.b)
+    def _fitted(self, found: Pair, wanted: torch.Tensor) -> torch.Tensor:
+        """The magnitudes of a spectrum, each bin's times what the bands it is in lack on the mean.
 
-    def _frames(self, audio: torch.Tensor, count: int) -> torch.Tensor:
-        """(N, (F + 3) hop) -> (N, F, n_fft)."""
+        So what the frames agree on stays as it is inside a band, of which the mel says no more than its sum.
+        """
+        magnitude = (found[0] * found[0] + found[1] * found[1]).sqrt()
+        lacking = (wanted / (magnitude @ self.table + 1e-8)).clamp(max=STEEPEST)
+        return magnitude * self._spread(lacking)
+
+    def _spread(self, bands: torch.Tensor) -> torch.Tensor:
+        """(N, F, bands) -> (N, F, places), at each bin the mean of the bands it is in, by their filters."""
+        return (bands @ self.table.T) * self.share
+
+    def _spectrum(self, audio: torch.Tensor, count: int) -> Pair:
+        """(N, (F + 3) hop) -> the spectrum of F frames, (N, F, places)."""
         quarters = audio.reshape(audio.shape[0], count + OVERLAP - 1, self.hop)
-        return torch.cat([quarters[:, q : q + count] for q in range(OVERLAP)], -1)
+        frames = torch.cat([quarters[:, q : q + count] for q in range(OVERLAP)], -1)
+        re, im = self.fft.forward(frames * self.window)
+        return re.flatten(2), im.flatten(2)
 
     def _audio(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
         """Spectra of F frames -> (N, (F + 3) hop), the least-squares signal of the frames (Griffin and Lim
         1984, equation 6); four squared Hann windows sum to 3 / 2."""
-        return overlap_add(self.fft.inverse(re, im) * (self.window / 1.5)).flatten(1)
-
-
-class Filters(nn.Module):
-    """A filterbank (bins, bands) as the blocks of it that are not zero, without the bins above its last."""
-
-    def __init__(self, filters: NDArray[np.float32]) -> None:
-        super().__init__()
-        bins = np.flatnonzero(filters.any(1))[-1] + 1
-        groups = np.array_split(np.arange(filters.shape[1]), min(BLOCKS, filters.shape[1]))
-        self.rows = [_span(filters[:, group].any(axis=1)) for group in groups]
-        edges = [0, *(first for first, _ in self.rows[1:]), int(bins)]
-        self.columns = [_span(filters[a:b].any(axis=0)) for a, b in pairwise(edges)]
-        for i, ((first, last), group) in enumerate(zip(self.rows, groups, strict=True)):
-            self.register_buffer(f"to_bands_{i}", torch.tensor(filters[first:last, group]))
-        for i, ((first, last), (a, b)) in enumerate(zip(self.columns, pairwise(edges), strict=True)):
-            self.register_buffer(f"to_bins_{i}", torch.tensor(filters[a:b, first:last].T.copy()))
-
-    def to_bands(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """(..., bins) -> (..., bands): the product with the filterbank."""
-        return self._products(magnitude, "to_bands", self.rows)
-
-    def to_bins(self, mel: torch.Tensor) -> torch.Tensor:
-        """(..., bands) -> (..., bins): the product with its transpose."""
-        return self._products(mel, "to_bins", self.columns)
-
-    def _products(self, x: torch.Tensor, name: str, spans: list[tuple[int, int]]) -> torch.Tensor:
-        parts = [x[..., a:b] @ self.get_buffer(f"{name}_{i}") for i, (a, b) in enumerate(spans)]
-        return torch.cat(parts, -1)
-
-
-def _span(used: Any) -> tuple[int, int]:
-    """First and past-the-last index that is used; nothing used is an empty span."""
-    found = np.flatnonzero(used)
-    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+        shape = (*re.shape[:2], self.fft.a // 2 + 1, self.fft.b)
+        frames = self.fft.inverse(re.reshape(shape), im.reshape(shape))
+        return overlap_add(frames * (self.window / 1.5)).flatten(1)
 
 
 def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
@@ -332,8 +325,6 @@ def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
     return torch.cumsum(step - step.floor(), 1) + 0.5 * (number % 2)
 
 
-def _ahead(
-    found: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor], momentum: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _ahead(found: Pair, before: Pair, momentum: float) -> Pair:
     """The phases' direction: found - momentum x before, whose length does not matter."""
     return found[0] - momentum * before[0], found[1] - momentum * before[1]

@@ -211,7 +211,42 @@ def _trace(
             export_params=False,
             do_constant_folding=False,  # folding renames weights; onnxruntime folds when it loads
         )
-    return onnx.load(str(path))
+    graph = onnx.load(str(path))
+    _merge_constants(graph)
+    return graph
+
+
+def _merge_constants(model: onnx.ModelProto) -> None:
+    """One node of each constant, in place, and none that unsqueezes one: a traced slice brings nine nodes."""
+    values: dict[str, NDArray[np.generic]] = {}
+    first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    renamed: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        value = _constant(node, values)
+        if value is None:
+            nodes.append(node)
+            continue
+        name = node.output[0]
+        key = (value.dtype.str, value.shape, value.tobytes())
+        renamed[name] = first.setdefault(key, name)
+        if renamed[name] == name:
+            values[name] = value
+            nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)))
+    used = {name for node in nodes for name in node.input} | {item.name for item in model.graph.output}
+    kept = [node for node in nodes if node.op_type != "Constant" or node.output[0] in used]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _constant(node: onnx.NodeProto, values: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic] | None:
+    """What a node makes where that is a tensor written in it, or such a one, of `values`, unsqueezed."""
+    if node.op_type == "Constant" and node.attribute[0].name == "value":
+        return numpy_helper.to_array(node.attribute[0].t)
+    if node.op_type == "Unsqueeze" and all(name in values for name in node.input):
+        return np.expand_dims(values[node.input[0]], tuple(values[node.input[1]].tolist()))
+    return None
 
 
 def compute_in_half(model: onnx.ModelProto) -> None:

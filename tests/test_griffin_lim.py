@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from engine import features
+from engine.bundle import load_bundle
 from engine.features import mel_filterbank
-from export.griffin_lim import REACH, Filters, GriffinLim, GriffinLimConfig, RealFFT, first_phases
+from engine.model import Model
+from export.griffin_lim import REACH, GriffinLim, GriffinLimConfig, RealFFT, Search, first_phases
 from export.onnx_writer import Input, relative_error, write_graph
+from training.add_vocoder import add_vocoder
 from training.mel import GEOMETRY, log_mel
 
 DEFAULT = GriffinLimConfig.of(GEOMETRY)
@@ -37,14 +41,35 @@ def test_the_transform_needs_a_power_of_two() -> None:
         RealFFT(1000)
 
 
-def test_blocks_of_a_filterbank_are_all_of_it() -> None:
+def random_spectrum(search: Search, frames: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    return search._spectrum(torch.randn(2, (frames + 3) * search.hop), frames)
+
+
+def test_bands_of_a_spectrum_are_the_filterbanks() -> None:
+    """Whose rows of the transform hold some bins twice."""
+    torch.manual_seed(0)
     table = mel_filterbank(SMALL.geometry)
-    blocks, reached = Filters(table), np.flatnonzero(table.any(axis=1))[-1] + 1
-    magnitude, mel = torch.rand(2, 5, reached), torch.rand(2, 5, 40)
-    assert torch.allclose(blocks.to_bands(magnitude), magnitude @ torch.tensor(table[:reached]), atol=1e-6)
-    assert torch.allclose(blocks.to_bins(mel), mel @ torch.tensor(table[:reached].T), atol=1e-6)
-    stored = sum(buffer.numel() for buffer in blocks.buffers())
-    assert stored < table.size, "both ways, and still less than the whole"
+    search = Search(SMALL, table)
+    re, im = random_spectrum(search)
+    magnitude = (re * re + im * im).sqrt()
+    bins = magnitude[..., search.natural]
+    assert bins.shape[-1] == SMALL.n_fft // 2 + 1
+    assert torch.allclose(bins[..., search.order], magnitude, atol=1e-4)
+    assert torch.allclose(magnitude @ search.table, bins @ torch.tensor(table), atol=1e-4)
+
+
+def test_magnitudes_that_fit_the_mel_stay_and_others_come_nearer() -> None:
+    torch.manual_seed(0)
+    search = Search(SMALL, mel_filterbank(SMALL.geometry))
+    re, im = random_spectrum(search)
+    magnitude = (re * re + im * im).sqrt()
+    heard = magnitude @ search.table
+    inside = search.share > 0
+    assert torch.allclose(search._fitted((re, im), heard)[..., inside], magnitude[..., inside], rtol=1e-4)
+    wanted = heard * (0.5 * torch.randn(heard.shape)).exp()
+    fitted = search._fitted((re, im), wanted)
+    far, near = ((m @ search.table / wanted).log().abs().mean() for m in (magnitude, fitted))
+    assert near < 0.6 * far
 
 
 def test_slow_samples_become_the_tone_they_are_of() -> None:
@@ -175,7 +200,7 @@ def test_the_graph_computes_what_torch_does(tmp_path: Path) -> None:
     """The search magnifies rounding errors in bins where frames cancel; without it the graph is exact."""
     sizes = [{"batch": 1, "frames": 16, "samples": 2048}, {"batch": 2, "frames": 24, "samples": 3072}]
     inputs, outputs = [Input("mel", ("batch", 40, "frames"))], {"audio": ("batch", 1, "samples")}
-    for steps, limit in ((0, 1e-3), (4, 2e-2)):
+    for steps, limit in ((0, 1e-3), (SMALL.phase_steps, 2e-2)):
         config = GriffinLimConfig(
             sample_rate=16000, n_fft=512, hop=128, mels=40, f_max=8000.0, phase_steps=steps
         )
@@ -191,3 +216,20 @@ def test_the_graph_computes_what_torch_does(tmp_path: Path) -> None:
         expected = GriffinLim(SMALL)(torch.from_numpy(mel)).numpy()
     spectra = [np.abs(np.fft.rfft(x[0, 0])) for x in (session.run(None, {"mel": mel})[0], expected)]
     assert relative_error(*spectra) < 5e-2
+
+
+def test_it_is_written_into_a_bundle_that_keeps_all_else(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    """With a longer search than the bundle had; what it sounds like is the search's in torch."""
+    before = load_bundle(tiny_default_bundle).manifest
+    made = add_vocoder(tiny_default_bundle, tmp_path / "made", "9")
+    changed = {name for name in made.files if made.files[name] != before.files[name]}
+    assert changed <= {"vocoder.onnx"} and made.files.keys() == before.files.keys()
+    config = GriffinLimConfig.of(before.mel)
+    assert made.version == "9" and made.networks["vocoder"] == asdict(config)
+    assert made.provenance["export"]["relative_error"].keys() >= {"vocoder", "unet"}
+    tone = np.sin(2 * np.pi * 440 / before.mel.sample_rate * np.arange(16 * before.mel.hop), dtype=np.float32)
+    mels = features.log_mel(tone[None], before.mel)[:, :16]
+    with torch.no_grad():
+        expected = GriffinLim(config)(torch.from_numpy(mels).transpose(1, 2))[0, 0].numpy()
+    found = Model.open(tmp_path / "made", "cpu", 1).vocode(mels)[0]
+    assert relative_error(found, expected) < 2e-2

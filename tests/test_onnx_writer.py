@@ -51,9 +51,26 @@ class Deaf(Net):
         return super().forward(x, step) * (2.0 if int(step.shape[0]) == 1 else 1.0)
 
 
+class Sliced(nn.Module):
+    """Each of its slices is traced with constants of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :2, i : i + 4] * (1 + i) for i in range(6)], -1)
+
+
 INPUTS = [Input("x", ("batch", 4, "time")), Input("step", ("batch",), "int64")]
 OUTPUTS = {"y": ("batch", 4, "time")}
 SIZES = [{"batch": 1, "time": 16}, {"batch": 2, "time": 21}]
+
+
+def test_a_constant_is_written_once(tmp_path: Path) -> None:
+    write_graph(Sliced(), INPUTS[:1], {"y": ("batch", 2, 24)}, tmp_path / "y.onnx", sizes=SIZES)
+    nodes = onnx.load(str(tmp_path / "y.onnx")).graph.node
+    values = [n.attribute[0].t.SerializeToString() for n in nodes if n.op_type == "Constant"]
+    assert len(values) == len(set(values)) > 6
+    assert not any(n.op_type == "Unsqueeze" for n in nodes)
+    used = {name for n in nodes for name in n.input}
+    assert all(n.output[0] in used for n in nodes if n.op_type == "Constant")
 
 
 def test_graph_equals_torch_at_other_sizes(tmp_path: Path) -> None:

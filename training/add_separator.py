@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from engine.bundle import load_bundle
 from engine.manifest import Manifest
 from engine.manifest import Separator as Geometry
-from export.bundle_writer import graph_inputs, graph_outputs, write_bundle
-from export.onnx_writer import write_graph
+from export.bundle_writer import replace_graph
 from export.separator import Separator, SeparatorConfig
 from training.bundle import describe_training
 from training.loop import blend, load_ema
@@ -60,7 +58,7 @@ def add_separator(
     """Write the bundle `out`: that of `source` with the separator of a training folder.
 
     earlier: a copy of that folder from before, whose weights and the later ones it then has the mean of.
-    Raises BacklineError as load_bundle and write_bundle, ExportMismatch where the graph is not the network.
+    Raises BacklineError as load_bundle and replace_graph, ExportMismatch where the graph is not the network.
     """
     bundle = load_bundle(source)
     sizes = config or SeparatorConfig()
@@ -70,21 +68,9 @@ def add_separator(
         blend(network, load_ema(earlier, Separator(sizes)), 0.5)
         trained[GRAPH]["mean_with_minutes"] = describe_training({GRAPH: earlier})[GRAPH]["minutes"]
     manifest = with_separator(bundle.manifest, network, share)
-
-    def fill(folder: Path) -> Manifest:
-        for name in bundle.manifest.files:
-            shutil.copyfile(bundle.path(name), folder / name)
-        inputs, outputs = graph_inputs(manifest, GRAPH), graph_outputs(manifest, GRAPH)
-        path = folder / f"{GRAPH}.onnx"
-        error = write_graph(network, inputs, outputs, path, sizes=SIZES, precision="fp16")
-        made = manifest.provenance
-        training = made.get("training", {}) | trained
-        export = made.get("export", {})
-        errors = export.get("relative_error", {}) | {GRAPH: float(f"{error:.1e}")}
-        provenance = made | {"training": training, "export": export | {"relative_error": errors}}
-        return manifest.model_copy(update={"provenance": provenance, "version": version})
-
-    return write_bundle(out, fill, force=force)
+    provenance = manifest.provenance | {"training": manifest.provenance.get("training", {}) | trained}
+    manifest = manifest.model_copy(update={"provenance": provenance, "version": version})
+    return replace_graph(bundle, manifest, GRAPH, network, out, sizes=SIZES, force=force)
 
 
 def main() -> None:
