@@ -93,8 +93,9 @@ def replace_graph(
 ) -> Manifest:
     """Write the bundle `out`: the files of `source` with `network` as its `graph`; return its manifest.
 
-    manifest: what it then declares. sizes: as in `write_graph`; None: as in `export_bundle`. How far the graph,
-    whose weights are float16, is from torch goes into the provenance. Raises BacklineError as `export_bundle`.
+    manifest: what it then declares. sizes: as in `write_graph`; None: as in `export_bundle`. How far the
+    graph, whose weights are float16, is from torch goes into the provenance. Raises BacklineError as
+    `export_bundle`.
     """
 
     def fill(folder: Path) -> Manifest:

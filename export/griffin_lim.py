@@ -2,8 +2,8 @@
 
 A mel spectrogram says how strong each band is, not how its waves join from frame to frame; a small network
 that guesses both writes notes whose pitch is blurred. Here the magnitudes are solved for (nonnegative least
-squares on the filterbank) and the phases searched for (fast Griffin-Lim from a good start), in real
-arithmetic and matrix products only, so that every provider runs it.
+squares on the filterbank) and the phases searched for (fast Griffin-Lim from a good start), at the
+end both together, in real arithmetic and matrix products only, so that every provider runs it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ OVERLAP = 4  # windows over each sample
 FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
 SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs to
 # A bin where the frames cancel has no phase of its own: taken at its full magnitude, rounding errors would be
-# heard. Gains end at 1 / sqrt(SOFT).
-SOFT = 0.01
+# heard. Gains end at 1 / sqrt(SOFT); the last steps, which set the levels, go further.
+SOFT, LAST_SOFT = 0.1, 0.01
 # What a mel at its floor stands for lies below it, by 8 dB on average on held-out stems. This share of the
 # floor, taken off in power, is 6 dB at the floor and 0.2 dB at four times it.
 BELOW = 0.87
+# Steps at the end whose magnitudes are those found, fitted to the mel. With more of them the mel would come
+# nearer still, but steady tones, as longer windows than its own see them, would be rougher than with none.
+FITTED = 3
 STEEPEST = 10.0  # times what was found, the most by which a step raises a band
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
@@ -53,8 +56,8 @@ class GriffinLimConfig:
     low_n_fft: int = 0
     low_bands: int = 0
     low_f_max: float = 0.0
-    magnitude_steps: int = 4
-    phase_steps: int = 8
+    magnitude_steps: int = 10
+    phase_steps: int = 7
     momentum: float = 0.99
 
     @classmethod
@@ -208,9 +211,9 @@ def _between_samples(rate: int) -> torch.Tensor:
 class Search(nn.Module):
     """The bands of one transform: mel (N, bands, frames), natural log -> audio (N, 1, frames x n_fft / 4).
 
-    Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`, whose every
-    step also makes the magnitudes it found fit the mel (as Masuyama, Ueno and Ono, arXiv:2307.12232, do):
-    those solved for at first are only one of many that do, and no signal has them. Magnitudes are kept
+    Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`. Its last steps
+    aim at the magnitudes found, made to fit the mel (as Masuyama, Ueno and Ono, arXiv:2307.12232, do): those
+    solved for at first are only one of many that do, and no signal has them. Magnitudes are kept
     (N, F, places) in the order of RealFFT's spectra. filters: (n_fft / 2 + 1, bands).
     """
 
@@ -243,20 +246,21 @@ class Search(nn.Module):
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
-        first, last = mel[..., :1], mel[..., -1:]
-        padded = torch.cat([*[first] * EDGE, mel, *[last] * EDGE], -1)
+        padded = torch.cat([*[mel[..., :1]] * EDGE, mel, *[mel[..., -1:]] * EDGE], -1)
         heard = padded.clamp(max=LOUDEST).exp().transpose(1, 2)
         wanted = (heard.square() - (BELOW * c.floor) ** 2).clamp_min(0).sqrt()
-        magnitude = self._magnitude(wanted)
+        solved = magnitude = self._magnitude(wanted)
         phase = first_phases(magnitude[..., self.natural], 1 / OVERLAP)[..., self.order] * self.turn
         audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
         before: Pair | None = None
-        for _ in range(c.phase_steps):
+        for step in range(c.phase_steps):
             found = self._spectrum(audio, wanted.shape[1])
-            magnitude = self._fitted(found, wanted)
+            last = step >= c.phase_steps - FITTED
+            magnitude = self._fitted(found, wanted) if last else solved
+            soft = LAST_SOFT if last else SOFT
             re, im = found if before is None else _ahead(found, before, c.momentum / (1 + c.momentum))
             before = found
-            scale = magnitude * torch.rsqrt(re * re + im * im + SOFT * magnitude * magnitude + 1e-16)
+            scale = magnitude * torch.rsqrt(re * re + im * im + soft * magnitude * magnitude + 1e-16)
             audio = self._audio(re * scale, im * scale)
         # padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 EDGE
         start = (EDGE + OVERLAP // 2) * self.hop
@@ -264,10 +268,9 @@ class Search(nn.Module):
 
     def _magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
         """(N, F, bands) -> (N, F, places), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
-        magnitude = spread = self._spread(wanted)
+        magnitude, back = self._spread(wanted), wanted @ self.table.T
         for _ in range(self.config.magnitude_steps):
-            found = self._spread(magnitude @ self.table)
-            magnitude = magnitude * spread / (found + 1e-8)
+            magnitude = magnitude * back / ((magnitude @ self.table) @ self.table.T + 1e-8)
         return magnitude
 
     def _fitted(self, found: Pair, wanted: torch.Tensor) -> torch.Tensor:
