@@ -57,11 +57,11 @@ def export_bundle(
         for i, (graph, module) in enumerate(networks.items()):
             if callback:
                 callback(f"writing {graph}", i / len(networks))
-            errors[graph] = write_graph(
+            errors[graph] = _write_graph(
+                folder,
+                manifest,
+                graph,
                 module,
-                graph_inputs(manifest, graph),
-                graph_outputs(manifest, graph),
-                folder / f"{graph}.onnx",
                 sizes=_check_sizes(manifest, times),
                 precision=precision if graph == "unet" or precision == "fp32" else "fp16",
                 tolerance=tolerance,
@@ -71,7 +71,7 @@ def export_bundle(
         export = {
             "opset": OPSET,
             "precision": precision,
-            "relative_error": {graph: float(f"{error:.1e}") for graph, error in errors.items()},
+            "relative_error": errors,
         }
         return manifest.model_copy(update={"provenance": {**manifest.provenance, "export": export}})
 
@@ -94,27 +94,38 @@ def replace_graph(
     """Write the bundle `out`: the files of `source` with `network` as its `graph`; return its manifest.
 
     manifest: what it then declares. sizes: as in `write_graph`; None: as in `export_bundle`. How far the
-    graph, whose weights are float16, is from torch goes into the provenance. Raises BacklineError as
-    `export_bundle`.
+    graph, whose weights are float16, is from torch goes into the provenance. Raises BacklineError and
+    ExportMismatch as `export_bundle`.
     """
 
     def fill(folder: Path) -> Manifest:
         for name in source.manifest.files:
             shutil.copyfile(source.path(name), folder / name)
-        error = write_graph(
-            network,
-            graph_inputs(manifest, graph),
-            graph_outputs(manifest, graph),
-            folder / f"{graph}.onnx",
-            sizes=sizes or _check_sizes(manifest, TIMES),
-            precision="fp16",
-        )
+        checked = sizes or _check_sizes(manifest, TIMES)
+        error = _write_graph(folder, manifest, graph, network, sizes=checked, precision="fp16")
         export = manifest.provenance.get("export", {})
-        errors = export.get("relative_error", {}) | {graph: float(f"{error:.1e}")}
+        errors = export.get("relative_error", {}) | {graph: error}
         provenance = manifest.provenance | {"export": export | {"relative_error": errors}}
         return manifest.model_copy(update={"provenance": provenance})
 
     return write_bundle(out, fill, force=force)
+
+
+def _write_graph(
+    folder: Path,
+    manifest: Manifest,
+    graph: str,
+    module: torch.nn.Module,
+    *,
+    sizes: Sequence[Mapping[str, int]],
+    precision: Precision,
+    tolerance: float | None = None,
+) -> float:
+    """Write a graph as the manifest declares it; return its error to two digits, as the manifest has it."""
+    inputs, outputs = graph_inputs(manifest, graph), graph_outputs(manifest, graph)
+    path = folder / f"{graph}.onnx"
+    error = write_graph(module, inputs, outputs, path, sizes=sizes, precision=precision, tolerance=tolerance)
+    return float(f"{error:.1e}")
 
 
 def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:

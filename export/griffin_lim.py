@@ -268,7 +268,8 @@ class Search(nn.Module):
 
     def _magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
         """(N, F, bands) -> (N, F, places), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
-        magnitude, back = self._spread(wanted), wanted @ self.table.T
+        back = wanted @ self.table.T
+        magnitude = back * self.share
         for _ in range(self.config.magnitude_steps):
             magnitude = magnitude * back / ((magnitude @ self.table) @ self.table.T + 1e-8)
         return magnitude
