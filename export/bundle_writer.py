@@ -100,7 +100,8 @@ def replace_graph(
 
     def fill(folder: Path) -> Manifest:
         for name in source.manifest.files:
-            shutil.copyfile(source.path(name), folder / name)
+            if name != f"{graph}.onnx":
+                shutil.copyfile(source.path(name), folder / name)
         checked = sizes or _check_sizes(manifest, TIMES)
         error = _write_graph(folder, manifest, graph, network, sizes=checked, precision="fp16")
         export = manifest.provenance.get("export", {})
