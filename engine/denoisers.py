@@ -14,22 +14,29 @@ from engine.schedule import Schedule
 FloatArray = NDArray[np.float32]
 
 
-def guided(denoise: Denoiser, unconditional: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
+def guided(
+    denoise: Denoiser,
+    unconditional: Denoiser,
+    scale: float | FloatArray,
+    *,
+    rescale: float | FloatArray = 0.0,
+) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6): uncond + scale (cond - uncond).
 
     The clean prediction is affine in eps and in v, so guidance is the same in any of them. A scale of
     1 is `denoise` itself and spares the second pass. rescale: how far each channel of a stem goes back to the
     mean and deviation that it has in cond, 0 not at all .. 1 wholly (Lin and others 2024, section 3.4, who
-    have one deviation for all): guidance then changes what is played and not how loud.
+    have one deviation for all): guidance then changes what is played and not how loud. Either may be of shape
+    (S, 1, 1, 1), one for each stem.
     """
-    if scale == 1.0:
+    if np.all(scale == 1.0):
         return denoise
 
     def denoise_guided(x: FloatArray, t: int) -> FloatArray:
         base = unconditional(x, t)
         clean = denoise(x, t)
         pushed = base + scale * (clean - base)
-        return pushed + rescale * (_like(pushed, clean) - pushed) if rescale else pushed
+        return pushed + rescale * (_like(pushed, clean) - pushed) if np.any(rescale) else pushed
 
     return denoise_guided
 

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batching import turn
-from engine.model import GRAPHS, Conditions, Model
+from engine.model import GRAPHS, Asked, Conditions, Model
 from engine.samplers import StepCallback, linear_steps, report
 from engine.schedule import Schedule
 
 FloatArray = NDArray[np.float32]
 Feeds = Mapping[str, NDArray[Any]]
+Guidance = tuple[float | FloatArray, float | FloatArray]  # scale and rescale
 
 PASSES = (1, 2, 4)  # of the UNet in one step: without guidance, by one condition, by two
 # A row of the step graph's table, see export/step_graph.py.
@@ -66,7 +67,8 @@ def sample_on_device(
     x: FloatArray,
     passes: Sequence[Conditions],
     *,
-    guidance: Sequence[tuple[float, float]] = (),
+    asked: Sequence[Asked] = (),
+    guidance: Sequence[Guidance] = (),
     held: Held | None = None,
     sampler: str,
     steps: int,
@@ -77,21 +79,24 @@ def sample_on_device(
     """Clean latents (B, S, Z, T, F) from noise `x`, as the sampler of that name returns them.
 
     passes: the UNet's conditions of each pass, 1, 2 or 4 of them, in the order of export/step_graph.py; they
-    run as one batch. guidance: scale and rescale (`engine.denoisers.guided`) of the one condition, or of the
-    outer and the inner one. eta's noises are drawn from `rng` as the sampler draws them. callback: before the
+    run as one batch. asked: what each pass asks the UNet for, what goes with the sampler if not given.
+    guidance: scale and rescale (`engine.denoisers.guided`) of the one condition, or of the outer and the
+    inner one. eta's noises are drawn from `rng` as the sampler draws them. callback: before the
     first step and after each, raises to cancel.
     """
     path, updates = linear_steps(sampler, model.schedule, steps, eta)
-    told = [model.told_timestep(t, sampler == "distilled") for t in path]
+    asked = asked or [asked_by(sampler)] * len(passes)
+    told = np.array([[model.told_timestep(t, kind) for kind in asked] for t in path])
+    told = np.repeat(told, len(x), axis=1)
     feeds = _step_feeds(model, x, path, updates, held, rng)
-    feeds["timesteps"] = np.repeat(np.array([*told[1:], told[-1]])[:, None], len(passes) * len(x), axis=1)
+    feeds["timesteps"] = np.concatenate([told[1:], told[-1:]])
     if guidance:
         scales, rescales = zip(*(list(guidance) * 2)[:2], strict=True)
-        feeds |= {"scales": np.array(scales, np.float32), "rescales": np.array(rescales, np.float32)}
+        feeds |= {"scales": _by_stem(scales, x.shape[1]), "rescales": _by_stem(rescales, x.shape[1])}
     first = _arranged(x, held, model.schedule, path[0])
     unet_feeds = _unet_feeds(model, passes, x.shape)
     unet_feeds["latents"] = np.concatenate([first] * len(passes))
-    unet_feeds["timestep"] = np.full(len(unet_feeds["latents"]), told[0], np.int64)
+    unet_feeds["timestep"] = told[0]
 
     key = tuple((name, value.shape) for name, value in sorted((unet_feeds | feeds).items()))
     loop = model.loops.pop(key, None) or _open(model, unet_feeds, feeds, len(passes))
@@ -112,6 +117,16 @@ def sample_on_device(
     finally:
         model.loops.clear()  # one is kept: the next window mostly has the same shapes
         model.loops[key] = loop
+
+
+def asked_by(sampler: str) -> Asked:
+    """What a sampler asks the UNet for."""
+    return "distilled" if sampler == "distilled" else "ordinary"
+
+
+def _by_stem(values: Sequence[float | FloatArray], stems: int) -> FloatArray:
+    """(2, 1, S, 1, 1, 1) of two values, each one or one for each stem (S, 1, 1, 1)."""
+    return np.stack([np.broadcast_to(np.float32(v), (1, stems, 1, 1, 1)) for v in values])
 
 
 def table(

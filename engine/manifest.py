@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 GRAPHS = ("unet", "vae_encoder", "vae_decoder", "vocoder", "clap_text", "clap_audio", "separator")
-Capability = Literal["text", "audio", "context", "mixture", "grid", "chords", "distilled", "separator"]
+Capability = Literal[
+    "text", "audio", "context", "mixture", "grid", "chords", "distilled", "weakened", "separator"
+]
 
 
 class _Part(BaseModel):
@@ -217,6 +219,22 @@ class Distilled(_Part):
     listening: float = Field(gt=0, description="weight of what fill hears, learnt in")
 
 
+class Weakened(_Part):
+    """The UNet without some of its blocks, which errs where the whole one does, and further.
+
+    What listening weighs is then the whole UNet, told what it hears, against this one, told nothing of it
+    (Karras and others 2024, "Guiding a diffusion model with a bad version of itself"). Asked for by a
+    `timestep` of twice the schedule's steps more, past the distilled ones.
+    """
+
+    listening: dict[str, float] = Field(
+        default_factory=dict, description="by stem, the least weight of what it hears where any is given"
+    )
+    freed: tuple[str, ...] = Field(
+        default=(), description="stems whose deviation may grow: too small a one is how theirs goes wrong"
+    )
+
+
 class Manifest(_Part):
     """manifest.json. Raises pydantic.ValidationError on anything unknown or out of range."""
 
@@ -248,6 +266,7 @@ class Manifest(_Part):
     )
     separator: Separator | None = None
     distilled: Distilled | None = None
+    weakened: Weakened | None = None
     networks: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="the configuration dataclass of each network, by graph name"
     )
@@ -274,6 +293,10 @@ class Manifest(_Part):
             raise ValueError("the capability separator needs mixture, which hears what no stem explains")
         if ("distilled" in declared) != (self.distilled is not None):
             raise ValueError("the capability distilled and its steps go together")
+        if ("weakened" in declared) != (self.weakened is not None):
+            raise ValueError("the capability weakened and its weights go together")
+        if self.weakened and not {*self.weakened.listening, *self.weakened.freed} <= set(self.stems):
+            raise ValueError("weakened names a stem that is none")
         presets = [self.sampling.preset(name, self.schedule.steps) for name in get_args(Quality)]
         few = self.distilled.steps if self.distilled else 0
         if any(preset.sampler == "distilled" and preset.steps != few for preset in presets):

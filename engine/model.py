@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from engine.schedule import Schedule, make_schedule
 FloatArray = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda"]
 Conditions = Mapping[str, FloatArray]
+Asked = Literal["ordinary", "distilled", "weakened"]  # which of its predictions the UNet is asked for
 
 log = logging.getLogger("backline.engine")
 
@@ -140,25 +141,25 @@ class Model:
         """`mel` (B, 1, frames, mels) or `audio` (B, samples), as manifest.clap says -> (B, E)."""
         return self._run("clap_audio", **inputs)
 
-    def denoiser(self, conditions: Conditions, *, distilled: bool = False) -> Denoiser:
+    def denoiser(self, conditions: Conditions, *, asked: Asked = "ordinary") -> Denoiser:
         """The UNet under these conditions, as a function of (x, t) that returns clean latents.
 
         conditions: the UNet's inputs by name (shapes in the design); one that is left out is unknown:
-        zeros, and `film_uncond` for film. The constant inputs are bound to the device once. distilled: ask
-        for the predictions of manifest.distilled, see `told_timestep`.
+        zeros, and `film_uncond` for film. The constant inputs are bound to the device once. asked: for the
+        predictions of manifest.distilled or manifest.weakened, see `told_timestep`.
         """
         predict = self._bound_unet(conditions)
         prediction = self.manifest.prediction
         schedule = self.schedule
 
         def denoise(x: FloatArray, t: int) -> FloatArray:
-            return clean_from(predict(x, self.told_timestep(t, distilled)), x, schedule, t, prediction)
+            return clean_from(predict(x, self.told_timestep(t, asked)), x, schedule, t, prediction)
 
         return denoise
 
-    def told_timestep(self, t: int, distilled: bool) -> int:
-        """The UNet's `timestep` at step t: distilled predictions are asked for past the schedule's end."""
-        return t + self.schedule.steps if distilled else t
+    def told_timestep(self, t: int, asked: Asked) -> int:
+        """The UNet's `timestep` at step t: others than the ordinary are asked for past the schedule's end."""
+        return t + self.schedule.steps * get_args(Asked).index(asked)
 
     def predict(self, x: FloatArray, t: int, conditions: Conditions) -> FloatArray:
         """The UNet's own output (eps, v or x0), (B, S, Z, T, F)."""

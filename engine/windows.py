@@ -14,9 +14,9 @@ from engine.audio import empty, release
 from engine.batching import is_shared
 from engine.denoisers import guided, inpainted
 from engine.errors import BacklineError
-from engine.loop import Held, sample_on_device
+from engine.loop import Guidance, Held, asked_by, sample_on_device
 from engine.manifest import Manifest
-from engine.model import Model
+from engine.model import Asked, Model
 from engine.samplers import SAMPLERS, Denoiser
 from engine.take import Settings
 
@@ -107,6 +107,7 @@ def sample_timeline(
         given[:, :, :, :shared] += free * timeline[:, :, :, start:done]
         mask[:, :shared] = 1
         passes, guidance = _window_passes(model, settings, given, mask, conditions(start, window), heard)
+        asked = _asked(model, settings, passes, heard)
         rngs = [np.random.default_rng([seed, number]) for seed in seeds]
         x = np.stack([rng.standard_normal((stems, channels, window, freq), np.float32) for rng in rngs])
         held = Held(given, mask[None], x.copy()) if mask.any() else None
@@ -123,10 +124,10 @@ def sample_timeline(
         if wrap is None and not is_shared():
             name = str(settings.sampler)
             latents = sample_on_device(
-                model, x, passes, guidance=guidance, held=held, sampler=name, **sampling
+                model, x, passes, asked=asked, guidance=guidance, held=held, sampler=name, **sampling
             )
         else:
-            denoise = _denoiser(model, passes, guidance, settings.sampler == "distilled")
+            denoise = _denoiser(model, passes, asked, guidance)
             denoise = denoise if wrap is None else wrap(denoise, start, window)
             if held is not None:
                 denoise = inpainted(denoise, held.known, held.mask, model.schedule, held.noise)
@@ -219,43 +220,65 @@ def _window_passes(
     mask: FloatArray,
     conditions: dict[str, FloatArray],
     heard: Sequence[str],
-) -> tuple[list[dict[str, FloatArray]], list[tuple[float, float]]]:
+) -> tuple[list[dict[str, FloatArray]], list[Guidance]]:
     if model.supports("context"):
         known = given * mask[:, None, :, None]
         conditions = conditions | {"context": known, "context_mask": mask[None]}
     # a prompt may change how loud a stem is, what is heard may not
-    weights = [(("film",), settings.guidance, 0.0), (heard, settings.listening, 1.0)]
-    return _passes(
-        conditions,
-        [(names, float(scale), rescale) for names, scale, rescale in weights if scale not in (None, 1.0)],
-    )
+    weights: list[tuple[Sequence[str], Guidance]] = []
+    if settings.guidance not in (None, 1.0):
+        weights.append((("film",), (float(settings.guidance), 0.0)))
+    if settings.listening not in (None, 1.0):
+        weights.append((heard, _listening(model.manifest, float(settings.listening))))
+    return _passes(conditions, weights)
+
+
+def _listening(manifest: Manifest, weight: float) -> Guidance:
+    """The guidance by what is heard, one for each stem where the bundle says more of it than one weight."""
+    weak = manifest.weakened
+    if weak is None:
+        return weight, 1.0
+    least = weak.listening if weight > 1 else {}
+    scales = np.array([max(weight, least.get(stem, weight)) for stem in manifest.stems], np.float32)
+    rescales = np.array([stem not in weak.freed for stem in manifest.stems], np.float32)
+    return scales[:, None, None, None], rescales[:, None, None, None]
+
+
+def _asked(
+    model: Model, settings: Settings, passes: Sequence[dict[str, FloatArray]], heard: Sequence[str]
+) -> list[Asked]:
+    """What each pass asks the UNet for: a weakened prediction where it is told nothing of what is heard."""
+    usual = asked_by(str(settings.sampler))
+    told = {name for conditions in passes for name in conditions} & set(heard)
+    weighed = model.manifest.weakened is not None and settings.listening not in (None, 1.0)
+    return ["weakened" if weighed and not told & set(conditions) else usual for conditions in passes]
 
 
 def _passes(
-    conditions: dict[str, FloatArray], weights: Sequence[tuple[Sequence[str], float, float]]
-) -> tuple[list[dict[str, FloatArray]], list[tuple[float, float]]]:
+    conditions: dict[str, FloatArray], weights: Sequence[tuple[Sequence[str], Guidance]]
+) -> tuple[list[dict[str, FloatArray]], list[Guidance]]:
     """Guidance by one condition after another, each against the same without it.
 
-    weights: the names of the condition's inputs, and `guided`'s scale and rescale. Returns the conditions of
+    weights: the names of the condition's inputs, and its guidance. Returns the conditions of
     each pass of the UNet, in the order of `sample_on_device`, and the scales and rescales that are left.
     """
     if not weights:
         return [conditions], []
-    (names, scale, rescale), *rest = weights
+    (names, guidance), *rest = weights
     told, inner = _passes(conditions, rest)
     without = {name: value for name, value in conditions.items() if name not in names}
     if len(without) == len(conditions):
         return told, inner
-    return told + _passes(without, rest)[0], [(scale, rescale), *inner]
+    return told + _passes(without, rest)[0], [guidance, *inner]
 
 
 def _denoiser(
     model: Model,
     passes: Sequence[dict[str, FloatArray]],
-    guidance: Sequence[tuple[float, float]],
-    distilled: bool,
+    asked: Sequence[Asked],
+    guidance: Sequence[Guidance],
 ) -> Denoiser:
-    denoisers = [model.denoiser(conditions, distilled=distilled) for conditions in passes]
+    denoisers = [model.denoiser(given, asked=kind) for given, kind in zip(passes, asked, strict=True)]
     for scale, rescale in reversed(guidance):
         pairs = zip(denoisers[::2], denoisers[1::2], strict=True)
         denoisers = [guided(told, untold, scale, rescale=rescale) for told, untold in pairs]

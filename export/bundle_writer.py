@@ -136,6 +136,7 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
     t: int | str = "time" if manifest.dynamic_window else window
     if graph == "unet":
         declared = set(manifest.capabilities)
+        kinds = 3 if "weakened" in declared else 2 if "distilled" in declared else 1
         optional = [
             (manifest.film_dim is not None, Input("film", ("batch", manifest.film_dim or 0))),
             ("context" in declared, Input("context", ("batch", stems, z, t, f))),
@@ -148,12 +149,7 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
         ]
         return [
             Input("latents", ("batch", stems, z, t, f)),
-            Input(
-                "timestep",
-                ("batch",),
-                "int64",
-                high=manifest.schedule.steps * (2 if "distilled" in declared else 1),
-            ),
+            Input("timestep", ("batch",), "int64", high=manifest.schedule.steps * kinds),
             *(item for wanted, item in optional if wanted),
         ]
     if graph == "vae_encoder":

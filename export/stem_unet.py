@@ -7,6 +7,7 @@ known (context, mixture, grid, chords); one level down, attention sees the whole
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class StemUNetConfig:
     harmony_guidance: float = 1.0  # weight of what the harmony is told; 1 is none, and what trains
     distilled: int = 0  # timesteps from here on ask for the distilled prediction; 0: there is none
     adapter: int = 96  # width of what the distilled prediction adds to every block
+    weakened: bool = False  # whether timesteps from twice that many on ask for what `weakened` predicts
 
 
 class Harmony(nn.Module):
@@ -150,12 +152,15 @@ class StemUNet(nn.Module):
     -> prediction (B,S,Z,T,F).
 
     With `config.distilled`, timestep t + distilled has the noise of t, and asks for the prediction with
-    which one long step arrives where ordinary ones take several (training.distill).
+    which one long step arrives where ordinary ones take several (training.distill). With `config.weakened`,
+    too, t + 2 x distilled asks for what the function `weakened` predicts; that one alone is a ValueError.
     """
 
     def __init__(self, config: StemUNetConfig) -> None:
         super().__init__()
         c, self.config = config, config
+        if c.weakened and not c.distilled:
+            raise ValueError("a UNet with weakened predictions has distilled ones before them")
         z = c.channels * c.freq
         self.inward = nn.Linear(2 * c.stems * z + c.stems + z + 1 + c.stems + c.grid + c.chords, c.width)
         self.film = nn.Linear(c.film, c.cond)
@@ -196,9 +201,13 @@ class StemUNet(nn.Module):
         stems = mixture_stems[:, None] * heard
         pictures = [latents, context, mixture[:, None]]
         rest = [mask, torch.cat([heard, stems, grid, chords], -1)]
-        far = torch.zeros(1, 1, 1)
+        far, weak = torch.zeros(1, 1, 1), None
         if c.distilled:
-            far = (timestep >= c.distilled).float()[:, None, None]
+            beyond = timestep >= c.distilled
+            if c.weakened:
+                weak = (timestep >= 2 * c.distilled)[:, None, None]
+                beyond = beyond & ~weak[:, 0, 0]
+            far = beyond.float()[:, None, None]
             timestep = timestep % c.distilled
         cond = self.time(timestep_embedding(timestep, c.cond))
         if self.distilled is not None:
@@ -211,8 +220,8 @@ class StemUNet(nn.Module):
             h = h + self.hear(hidden)
         more = self.distilled
         h = _through(self.down, h, [cond], more.down if more else None, far)
-        h = h + self.attended(h, cond, far)
-        h = self.norm(_through(self.up, h, [cond], more.up if more else None, far))
+        h = h + self.attended(h, cond, far, weak)
+        h = self.norm(_through(self.up, h, [cond], more.up if more else None, far, weak))
         out = self.outward(h)
         if more is not None:
             out = out + far * more.outward(h)
@@ -242,14 +251,16 @@ class StemUNet(nn.Module):
             tones = alone + c.harmony_guidance * (tones - alone)
         return hidden, tones
 
-    def attended(self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+    def attended(
+        self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor, weak: torch.Tensor | None
+    ) -> torch.Tensor:
         """(B, T, width) of what the level below sees in the whole window."""
         batch, length, width = h.shape
         padded = F.pad(h.transpose(1, 2), (0, 1))  # so that the last frame of an odd length has a pair
         inner = self.shrink(padded).transpose(1, 2)
         told = [cond, *self._rotation(inner)]
         adapters = self.distilled.layers if self.distilled else None
-        inner = _through(self.layers, inner, told, adapters, far)
+        inner = _through(self.layers, inner, told, adapters, far, weak)
         return self.grow(inner).reshape(batch, inner.shape[1] * 2, width)[:, :length]
 
     def _rotation(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,17 +271,38 @@ class StemUNet(nn.Module):
         return angles.cos(), angles.sin()
 
 
+def weakened(unet: StemUNet) -> StemUNet:
+    """A copy without the middle block of those that see the whole window and of those on the way up.
+
+    It errs where the UNet errs, and further: guided away from it, the UNet says more plainly what it is sure
+    of (Karras and others 2024, "Guiding a diffusion model with a bad version of itself").
+    """
+    less = copy.deepcopy(unet)
+    more = less.distilled
+    for blocks in (less.layers, less.up, *((more.layers, more.up) if more else ())):
+        del blocks[middle(blocks)]
+    return less
+
+
+def middle(blocks: nn.ModuleList) -> int:
+    """Which of the blocks the weakened UNet lacks."""
+    return len(blocks) // 2
+
+
 def _through(
     blocks: nn.ModuleList,
     h: torch.Tensor,
     told: list[torch.Tensor],
     adapters: nn.ModuleList | None,
     far: torch.Tensor,
+    weak: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """h after the blocks, each with its adapter's share where `far` is 1."""
+    """h after the blocks, each with its adapter's share where `far` is 1; without the middle one where `weak`
+    is true."""
     for i, block in enumerate(blocks):
         beside = 0.0 if adapters is None else far * adapters[i](h)
-        h = block(h, *told) + beside
+        after = block(h, *told) + beside
+        h = after if weak is None or i != middle(blocks) else torch.where(weak, h, after)
     return h
 
 

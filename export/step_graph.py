@@ -59,9 +59,9 @@ def step_graph(passes: int) -> onnx.ModelProto:
     Inputs: prediction (passes x B, S, Z, T, F); x and previous (B, ...), the sampler's latents and the clean
     ones of the step before; counter (), the number of the step; table (steps, columns), timesteps (steps,
     passes x B), draws (steps,), which of `noises` (draws, B, ...) a step adds; held, held_noise and free (B,
-    ...), known latents, their noise and what is not known, of sizes that broadcast; scales and rescales (2,),
-    the guidance of either condition. Outputs: latents (passes x B, ...) and timestep (passes x B,), the
-    UNet's next input; x_next, previous_next, counter_next.
+    ...), known latents, their noise and what is not known, of sizes that broadcast; scales and rescales (2,
+    1, S, 1, 1, 1), the guidance of either condition by stem. Outputs: latents (passes x B, ...) and timestep
+    (passes x B,), the UNet's next input; x_next, previous_next, counter_next.
     """
     g = _Nodes()
     row = g.add("Gather", "table", "counter", axis=0)
@@ -102,7 +102,7 @@ def step_graph(passes: int) -> onnx.ModelProto:
 
 def _guided(g: _Nodes, clean: str, base: str, *, level: int) -> str:
     """`engine.denoisers.guided`, by the scale and the rescale of this level."""
-    at = g.constant(np.array([level], np.int64))
+    at = g.constant(np.array(level, np.int64))
     scale, rescale = g.add("Gather", "scales", at, axis=0), g.add("Gather", "rescales", at, axis=0)
     pushed = g.add("Add", base, g.add("Mul", scale, g.add("Sub", clean, base)))
     mean, deviation, _ = _moments(g, clean)
@@ -140,7 +140,7 @@ def _model(g: _Nodes, passes: int) -> onnx.ModelProto:
         "free": (FLOAT, tuple(f"{axis}_free" for axis in LATENTS)),
     }
     if passes > 1:
-        inputs |= {"scales": (FLOAT, (2,)), "rescales": (FLOAT, (2,))}
+        inputs |= dict.fromkeys(("scales", "rescales"), (FLOAT, (2, 1, "S", 1, 1, 1)))
     outputs = {
         "latents": (FLOAT, wide),
         "timestep": (INT, ("PB",)),

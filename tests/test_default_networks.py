@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,13 +25,14 @@ from engine.manifest import (
     NoiseSchedule,
     Sampling,
     Vocoder,
+    Weakened,
 )
-from engine.model import Model
+from engine.model import Asked, Model
 from export.blocks import ConvBlock
 from export.bundle_writer import export_bundle
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
 from export.patch_vae import PatchVAE, PatchVAEConfig
-from export.stem_unet import StemUNet, StemUNetConfig, timestep_embedding
+from export.stem_unet import StemUNet, StemUNetConfig, timestep_embedding, weakened
 from export.vocos import InverseFFT, Vocos, VocosConfig
 from training.captions import encode, for_prompts, make_tokenizer
 from training.mel import LATENT_FRAMES
@@ -43,7 +46,7 @@ UNET = StemUNetConfig(
     channels=CHANNELS, film=FILM, width=16, inner=16, blocks_down=1, blocks_up=1, layers=1, heads=2, cond=16,
     tones=12, harmony=16, harmony_blocks=1, harmony_guidance=2.0,
 )  # fmt: skip
-FEW = replace(UNET, distilled=1000, adapter=4)
+FEW = replace(UNET, distilled=1000, adapter=4, weakened=True)
 VAE = PatchVAEConfig(
     mels=MELS, channels=4, width=8, encoder_blocks=1, decoder_blocks=1, tones=12, tones_width=8
 )
@@ -99,8 +102,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Ca
         prediction="v",
         sampling=Sampling(sampler="dpmpp_2m", steps=2),
         window_frames=64,
-        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "distilled"),
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", "distilled", "weakened"),
         distilled=Distilled(steps=3, listening=1.5),
+        weakened=Weakened(),
         film_dim=FILM,
         film_uncond=tuple(uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json"),
@@ -261,12 +265,29 @@ def test_what_is_distilled_is_asked_for_past_the_schedule_and_changes_nothing_el
     )
 
 
-def test_the_exported_unet_has_both_predictions(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
+def test_the_exported_unet_has_all_its_predictions(bundle: tuple[Path, Manifest, CaptionTowers]) -> None:
     model = Model.open(bundle[0], "cpu", 1)
     x = np.random.default_rng(0).normal(0, 1, (1, len(STEMS), CHANNELS, 15, 1)).astype(np.float32)
-    near, far = (model.denoiser({}, distilled=few)(x, 500) for few in (False, True))
-    assert np.abs(near - far)[:, :, :-12].max() > 0.01
-    assert np.abs(near - far)[:, :, -12:].max() < 1e-5
+    made = {kind: model.denoiser({}, asked=kind)(x, 500) for kind in get_args(Asked)}
+    for one, other in itertools.combinations(made.values(), 2):
+        assert np.abs(one - other)[:, :, :-12].max() > 0.01
+        assert np.abs(one - other)[:, :, -12:].max() < 1e-5
+
+
+def test_a_weakened_prediction_is_that_of_fewer_blocks() -> None:
+    sizes = replace(FEW, layers=3, blocks_up=3)
+    unet, inputs = random(StemUNet(sizes)), unet_inputs(3, 15)
+    less = weakened(unet)
+    assert len(less.layers) == len(less.up) == 2 and len(unet.layers) == len(unet.up) == 3
+    assert less.layers[1].qkv.weight.equal(unet.layers[2].qkv.weight)
+    plain, wanted = unet(**inputs), less(**inputs)
+    asked = inputs | {"timestep": inputs["timestep"] + torch.tensor([2000, 0, 2000])}
+    found = unet(**asked)
+    assert torch.allclose(found[[0, 2]], wanted[[0, 2]], atol=1e-5)
+    assert torch.allclose(found[1], plain[1], atol=1e-5), "samples of a batch are told apart"
+    assert (found - plain)[0].abs().max() > 0.01
+    with pytest.raises(ValueError, match="distilled ones before"):
+        StemUNet(replace(UNET, weakened=True))
 
 
 def test_a_new_unet_predicts_nothing_and_attention_starts_as_the_identity() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_bundle import WEAK, write_tiny_bundle
 
 from engine import bundle
 from engine.errors import BacklineError
@@ -130,11 +131,21 @@ def test_manifest_with_makeup_for_a_stem_that_is_none(folder: Path) -> None:
         ),
         ({"distilled": {"steps": 4, "listening": 1.0}}, "go together"),
         ({"sampling": {"sampler": "distilled", "steps": 4}}, "distilled preset"),
+        ({"weakened": {"listening": {"piano": 3.0}}}, "go together"),
     ],
 )
 def test_manifest_that_is_half_distilled(folder: Path, change: dict, message: str) -> None:
     edit(folder, lambda values: values.update(change))
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("change", [{"listening": {"kazoo": 3.0}}, {"freed": ["kazoo"]}])
+def test_manifest_with_a_weight_for_a_stem_that_is_none(tmp_path: Path, change: dict) -> None:
+    folder = write_tiny_bundle(tmp_path / "weak", **WEAK)
+    declared = bundle.load_bundle(folder).manifest.weakened
+    assert declared is not None and declared.listening == {"piano": 3.0} and declared.freed == ("piano",)
+    edit(folder, lambda values: values["weakened"].update(change))
+    assert "weakened names a stem that is none" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\\b", "c:x"])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from tiny_bundle import CHANNELS, FEW, SCHEDULE, STEMS, WINDOW, write_tiny_bundle
+from tiny_bundle import CHANNELS, FEW, SCHEDULE, STEMS, WEAK, WINDOW, write_tiny_bundle
 
 from engine import loop, sessions
 from engine.errors import BacklineError
@@ -20,6 +20,7 @@ from engine.model import Model
 from engine.samplers import SAMPLERS, linear_steps
 from engine.schedule import Schedule, make_schedule
 from engine.take import Settings, resolve
+from engine.tasks import HEARD
 from engine.windows import Known, sample_timeline
 
 FILM = np.ones((1, 6), np.float32)
@@ -117,6 +118,40 @@ def test_guidance_on_the_device(tiny_model: Model, guidance: float, listening: f
         heard=("chords",),
     )
     assert np.abs(device - reference).max() < 1e-4 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_listening_by_a_weakened_prediction(tmp_path: Path, guidance: float, shared: bool) -> None:
+    """One step to clean latents, as Karras and others write it: on the device, and in numpy."""
+    model = Model.open(write_tiny_bundle(tmp_path / "b", **WEAK), "cpu", 1)
+    chords = np.random.default_rng(1).normal(0, 1, (1, WINDOW, 25)).astype(np.float32)
+    settings = resolve(
+        Settings(seed=4, guidance=guidance, listening=1.5, steps=1, sampler="euler"), model.manifest
+    )
+    wrap = (lambda denoise, start, window: denoise) if shared else None
+    made = sample_timeline(
+        model, WINDOW, settings, known=context(np.random.default_rng(5), 1), heard=HEARD, wrap=wrap,
+        conditions=lambda start, n: {"film": FILM, "chords": chords}, report=lambda _: None,
+    )  # fmt: skip
+    known, mask = context(np.random.default_rng(5), 1)(0, WINDOW)
+    told = {"chords": chords, "context": (known * mask[:, None, :, None])[None], "context_mask": mask[None]}
+    x = np.random.default_rng([4, 0]).standard_normal(made.shape, np.float32)[None]
+    (last,), _ = linear_steps("euler", model.schedule, 1, 0.0)
+    wide = mask[None, :, None, :, None]
+    x = (1 - wide) * x + wide * (model.schedule.alpha(last) * known + model.schedule.noise(last) * x)
+    free = []
+    scale, kept = (np.float32(v)[:, None, None, None] for v in ([1.5, 1.5, 1.5, 3.0], [1, 1, 1, 0]))
+    for prompt in ({"film": FILM}, {}):
+        heard = model.denoiser(told | prompt)(x, last)
+        weak = model.denoiser(prompt, asked="weakened")(x, last)
+        pushed = weak + scale * (heard - weak)
+        small = np.minimum(heard.std((3, 4), keepdims=True) / pushed.std((3, 4), keepdims=True), 1)
+        like = heard.mean((3, 4), keepdims=True) + small * (pushed - pushed.mean((3, 4), keepdims=True))
+        free.append(kept * like + (1 - kept) * pushed)
+    expected = free[1] + guidance * (free[0] - free[1])
+    expected = ((1 - wide) * expected + wide * known)[0]
+    assert np.abs(made - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_the_unet_reads_what_the_step_graph_wrote(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

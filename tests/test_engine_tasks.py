@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_bundle import FEW as DISTILLED
-from tiny_bundle import STEMS, VOCODER_RATE, write_tiny_bundle
+from tiny_bundle import STEMS, VOCODER_RATE, WEAK, write_tiny_bundle
 
 from engine import tasks, windows
 from engine.audio import Audio
@@ -365,6 +365,28 @@ def test_a_distilled_draft_takes_its_steps_in_one_pass_each(
     assert draft.record["settings"]["sampler"] == "distilled"
     asked = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(sampler="distilled"))
     assert content(asked) == content(draft) != content(usual)
+
+
+def test_what_is_heard_is_weighed_against_a_weakened_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.open(write_tiny_bundle(tmp_path / "b", **WEAK), "cpu", 1)
+    real, calls = windows.sample_on_device, []
+    monkeypatch.setattr(
+        windows,
+        "sample_on_device",
+        lambda model, x, passes, **kwargs: (
+            calls.append(tuple(kwargs["asked"])),
+            real(model, x, passes, **kwargs),
+        )[1],
+    )
+    tasks.fill(model, without("bass"), ["bass"])
+    tasks.fill(model, without("bass"), ["bass"], text="loud", settings=Settings(guidance=2.0))
+    tasks.fill(model, without("bass"), ["bass"], settings=Settings(listening=1.0))
+    tasks.fill(model, without("bass"), ["bass"], settings=Settings(quality="draft"))
+    tasks.generate(model, seconds=1, bpm=90)
+    usual, weak = "ordinary", "weakened"
+    assert calls == [(usual, weak), (usual, weak, usual, weak), (usual,), ("distilled",), (usual,)]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from engine.bundle import load_bundle
 from engine.denoisers import guided as guided_in_numpy
-from engine.manifest import Preset, Sampling
+from engine.manifest import Distilled, Preset, Sampling
+from engine.model import Model
 from engine.samplers import sample_distilled, sample_dpmpp_2m
 from engine.schedule import make_schedule
-from export.stem_unet import StemUNet, StemUNetConfig
+from export.stem_unet import StemUNet, StemUNetConfig, weakened
 from training import distill
+from training.add_distilled import add_distilled
 from training.bundle import with_distilled
 from training.distill import STEPS, SUBSTEPS, Lesson, distillation_loss, make_lesson, make_table, solve
+from training.from_bundle import read_unet
 from training.loop import give_weights, load_ema, write_checkpoint
 from training.stems import STEMS
 from training.train_unet import SCHEDULE, Batch
@@ -28,6 +32,7 @@ SIZES = StemUNetConfig(
     tones=TONES, harmony=16, harmony_blocks=1, adapter=8,
 )  # fmt: skip
 ALPHAS = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float()
+ARMED = (STEMS.index("bass"), STEMS.index("piano"))
 METRIC = torch.eye(Z).repeat(S, 1, 1)
 
 
@@ -41,11 +46,12 @@ def random(module: StemUNet) -> StemUNet:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Two fills of the bass, and a band made up from nothing."""
+    """A fill of the bass and one of the piano, and a band made up from nothing."""
     torch.manual_seed(1)
     latents = torch.randn(3, S, Z, T, 1)
     mask = torch.ones(3, S, T)
-    mask[:, 0] = 0
+    for row, stem in enumerate(ARMED):
+        mask[row, stem] = 0
     mask[2] = 0
     inputs = {
         "film": torch.randn(3, 8),
@@ -103,14 +109,16 @@ def test_fills_are_guided_as_the_engine_does_and_what_is_known_stays(batch: Batc
     x, t = torch.randn(3, S, Z, T, 1), torch.full((3,), 600)
     found = distill.guided(teacher, batch, ALPHAS)(x, t)
     nothing = {k: torch.zeros_like(v) if k != "film" else v for k, v in batch.inputs.items()}
-    told, untold = (
-        distill.clean_from(teacher, x, t, ALPHAS, inputs).numpy() for inputs in (batch.inputs, nothing)
-    )
-    wanted = guided_in_numpy(lambda x, t: told, lambda x, t: untold, distill.LISTENING, rescale=1.0)(
-        x.numpy(), 600
-    )
-    assert np.allclose(found[:2, 0], wanted[:2, 0], atol=1e-4)
-    assert torch.equal(found[:2, 1:], batch.inputs["context"][:2, 1:])
+    told = distill.clean_from(teacher, x, t, ALPHAS, batch.inputs).numpy()
+    untold = distill.clean_from(weakened(teacher), x, t, ALPHAS, nothing).numpy()
+    least = [distill.FIRMER.get(stem, distill.LISTENING) for stem in STEMS]
+    kept = [float(stem not in distill.FREED) for stem in STEMS]
+    scales, rescales = (np.float32(v)[:, None, None, None] for v in (least, kept))
+    wanted = guided_in_numpy(lambda x, t: told, lambda x, t: untold, scales, rescale=rescales)(x.numpy(), 600)
+    for row, stem in enumerate(ARMED):
+        assert np.allclose(found[row, stem], wanted[row, stem], atol=1e-4)
+        others = [i for i in range(S) if i != stem]
+        assert torch.equal(found[row, others], batch.inputs["context"][row, others])
     assert np.allclose(found[2], told[2], atol=1e-4), "a band from nothing has nothing to weigh"
 
 
@@ -182,12 +190,44 @@ def test_a_distillation_follows_a_unet_that_was_trained_on(tmp_path: Path) -> No
     assert own and all(torch.equal(taught[name], old.state_dict()[name]) for name in own)
 
 
+def test_a_bundle_takes_the_taught_steps_and_keeps_all_else(
+    tiny_default_bundle: Path, tmp_path: Path
+) -> None:
+    before = load_bundle(tiny_default_bundle)
+    sizes = replace(
+        StemUNetConfig(**before.manifest.networks["unet"]), distilled=SCHEDULE.steps, weakened=True
+    )
+    unet = random(StemUNet(sizes))
+    unet.load_state_dict(read_unet(before).state_dict(), strict=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_checkpoint({"model": unet.state_dict(), "ema": unet.state_dict(), "step": 5}, run)
+    (run / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
+    made = add_distilled(tiny_default_bundle, run, tmp_path / "made", "9")
+    changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
+    assert changed == {"unet.onnx"} and made.files.keys() == before.manifest.files.keys()
+    assert made.version == "9" and made.distilled == Distilled(steps=STEPS, listening=distill.LISTENING)
+    assert made.weakened is not None and made.weakened.listening == distill.FIRMER
+    assert set(made.capabilities) - set(before.manifest.capabilities) == {"distilled", "weakened"}
+    assert made.provenance["training"]["distilled"] == {"steps": 5, "minutes": 1.3}
+    x = np.random.default_rng(0).normal(0, 1, (1, S, sizes.channels, 12, 1)).astype(np.float32)
+    old, new = (Model.open(path, "cpu", 1) for path in (tiny_default_bundle, tmp_path / "made"))
+    assert np.abs(old.denoiser({})(x, 300) - new.denoiser({})(x, 300)).max() < 1e-3
+    given = {
+        name: torch.from_numpy(value.copy()) for name, value in new.condition_inputs({}, x.shape).items()
+    }
+    for t in (300, 1300, 2300):
+        wanted = unet(torch.from_numpy(x), torch.tensor([t]), **given).numpy()
+        assert np.abs(new.predict(x, t, {}) - wanted).max() < 2e-2 * np.abs(wanted).max()
+
+
 def test_neither_what_is_known_nor_the_tones_count(batch: Batch) -> None:
     student = student_of(random(StemUNet(SIZES)))
     lesson = make_lesson(random(StemUNet(SIZES)), batch, torch.tensor([0, 1, 2]), ALPHAS)
     loss = distillation_loss(student, lesson, METRIC)
     for other in (
-        replace_v(lesson, (slice(0, 2), slice(1, None))),
+        replace_v(lesson, (0, slice(1, None))),
+        replace_v(lesson, (1, slice(0, S - 1))),
         replace_v(lesson, (slice(None), slice(None), slice(Z - TONES, None))),
     ):
         assert torch.equal(distillation_loss(student, other, METRIC), loss)

@@ -1,9 +1,9 @@
 """A bundle of tiny analytic graphs, so that the engine's tests run in milliseconds.
 
 The VAE averages and repeats, so encoding then decoding loses only detail within a latent frame. The UNet's
-prediction answers to every input it declares through fixed random weights; from the schedule's last timestep
-on it has another answer at the same noise, as a distilled one has. The vocoder sums one
-steady cosine per mel band, scaled by the band's magnitude.
+prediction answers to every input it declares through fixed random weights; past the schedule's last timestep
+it has another answer at the same noise, as a distilled one has, and past twice that a third, as a weakened
+one has. The vocoder sums one steady cosine per mel band, scaled by the band's magnitude.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from engine.manifest import (
     Preset,
     Sampling,
     Vocoder,
+    Weakened,
 )
 from engine.schedule import make_schedule
 
@@ -47,6 +48,11 @@ FEW: dict[str, Any] = {  # what makes the bundle a distilled one
     "sampling": Sampling(
         sampler="dpmpp_2m", steps=4, quality={"draft": Preset(sampler="distilled", steps=6)}, listening=2.0
     ),
+}
+WEAK: dict[str, Any] = {  # and one that is guided by a weakened prediction
+    **FEW,
+    "capabilities": (*ALL, "distilled", "weakened"),
+    "weakened": Weakened(listening={"piano": 3.0}, freed=("piano",)),
 }
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
@@ -136,7 +142,7 @@ class _Graph:
 
 def _shares() -> tuple[np.ndarray, np.ndarray]:
     schedule = make_schedule(SCHEDULE)
-    return np.sqrt(np.tile(schedule.alphas_cumprod, 2)), np.sqrt(1 - np.tile(schedule.alphas_cumprod, 2))
+    return np.sqrt(np.tile(schedule.alphas_cumprod, 3)), np.sqrt(1 - np.tile(schedule.alphas_cumprod, 3))
 
 
 def _write_unet(path: Path, capabilities: Sequence[str], prompted: bool, prediction: str) -> None:

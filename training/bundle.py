@@ -23,6 +23,7 @@ from engine.manifest import (
     Preset,
     Sampling,
     Vocoder,
+    Weakened,
 )
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
@@ -31,7 +32,7 @@ from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
-from training.distill import HARMONY_GUIDANCE, LISTENING, STEPS
+from training.distill import FIRMER, FREED, HARMONY_GUIDANCE, LISTENING, STEPS
 from training.from_bundle import read_unet
 from training.loop import blend, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
@@ -114,10 +115,11 @@ def main() -> None:
         with_decoder(vae, runs["decoder"], args.decoder_share)
         training["decoder"]["share"] = args.decoder_share
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
-    distilled = None
+    distilled, weak = None, None
     if "distilled" in runs:
         distilled = Distilled(steps=STEPS, listening=LISTENING)
-        sizes = replace(sizes, distilled=SCHEDULE.steps)
+        weak = Weakened(listening=FIRMER, freed=FREED)  # what the distilled steps were taught by
+        sizes = replace(sizes, distilled=SCHEDULE.steps, weakened=True)
     unet = load_ema(runs["distilled" if distilled else "unet"], StemUNet(sizes))
     kept = {}
     if args.keep:
@@ -139,7 +141,7 @@ def main() -> None:
     capabilities: tuple[Capability, ...] = ("text", "audio", "context", "mixture", "grid", "chords")
     if distilled:
         sampling = with_distilled(sampling, distilled.steps, args.distilled_for == "normal")
-        capabilities = (*capabilities, "distilled")
+        capabilities = (*capabilities, "distilled", "weakened")
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -157,6 +159,7 @@ def main() -> None:
         window_frames=WINDOW,
         capabilities=capabilities,
         distilled=distilled,
+        weakened=weak,
         film_dim=towers.config.embedding,
         film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),

@@ -1,10 +1,13 @@
 """python -m training.distill: teaches the UNet to arrive in a few long steps, beside what it can already.
 
 Progressive distillation (Salimans & Ho 2022, section 3) of the trained UNet in one go: each of STEPS long
-steps is to land where the UNet itself lands in SUBSTEPS short ones, guided by what it hears as `fill` is
-(Meng and others 2023, "On distillation of guided diffusion models"), so that a step needs one pass. Timesteps
-that count on from the schedule's last ask for it (`export.stem_unet.Distilled`); what the UNet does at the
-ordinary ones stays as it is.
+steps is to land where the UNet itself lands in SUBSTEPS short ones, guided by what it hears and away from a
+weakened copy of itself (Meng and others 2023, "On distillation of guided diffusion models"; Karras and
+others 2024, "Guiding a diffusion model with a bad version of itself"), so that a step needs one pass.
+Timesteps that count on from the schedule's last ask for it (`export.stem_unet.Distilled`); what the UNet does
+at the ordinary ones stays as it is.
+
+Several processes: `torchrun --nproc-per-node N -m training.distill --loaders 0`.
 """
 
 from __future__ import annotations
@@ -21,19 +24,21 @@ from torch.utils.data import DataLoader
 
 from engine.schedule import distilled_timesteps, make_schedule
 from engine.tasks import HEARD
-from export.stem_unet import StemUNet, StemUNetConfig
+from export.stem_unet import StemUNet, StemUNetConfig, weakened
 from training.dataset import FRAMES, draw, load_songs
 from training.loop import (
     Logs,
     add_arguments,
     fixed_draws,
     give_weights,
+    join_workers,
     load_ema,
     loop_config,
     means,
     mixed_precision,
     train,
 )
+from training.stems import STEMS
 from training.train_unet import (
     SCHEDULE,
     STATISTICS,
@@ -51,6 +56,8 @@ SHARES = {"split": 0.0, "fill": 0.75, "generate": 0.25}
 REPEATS = 3  # the teacher's passes cost more than a step, so every lesson is taken about three times,
 KEPT = 24  # and at random from the last ones
 LISTENING = 1.5  # what fill takes, see `training.bundle --listening`
+FIRMER = {"piano": 3.0}  # that of a stem which less leaves vague, and
+FREED = ("piano",)  # whose deviation is not brought back: vague latents are the small ones
 HARMONY_GUIDANCE = 3.0  # of the tones, see `training.bundle --harmony-guidance`
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timesteps (B,)) -> clean latents
@@ -129,21 +136,27 @@ def keeping(batch: Batch, clean: torch.Tensor) -> torch.Tensor:
     return known * batch.inputs["context"] + (1 - known) * clean
 
 
-def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
-    """The UNet as `engine.tasks` samples it: fills weigh what they hear by LISTENING, as
-    `engine.denoisers.guided` with its rescale, and what is known stays.
+def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor, *, weak: StemUNet | None = None) -> Predict:
+    """The UNet, its fills guided as `engine.denoisers.guided` against what `weak` makes of nothing heard.
+
+    weak: `export.stem_unet.weakened`, made here if not given. By LISTENING with the whole rescale, but for
+    the stems that FIRMER and FREED name. What is known stays; a band from nothing is as the UNet has it.
     """
+    weak = weakened(model) if weak is None else weak
     nothing = {k: torch.zeros_like(v) if k in HEARD else v for k, v in batch.inputs.items()}
     fills = (batch.inputs["context_mask"].amax((1, 2)) + batch.inputs["mixture_mask"].amax(1)) > 0
-    weight = wide(torch.where(fills, LISTENING, 1.0))
+    scales = torch.tensor([FIRMER.get(stem, LISTENING) for stem in STEMS], device=fills.device)
+    weight = torch.where(fills[:, None], scales, 1.0)[:, :, None, None, None]
+    freed = torch.tensor([stem in FREED for stem in STEMS], device=fills.device)[:, None, None, None]
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        told, untold = (clean_from(model, x, t, alphas, inputs) for inputs in (batch.inputs, nothing))
+        told = clean_from(model, x, t, alphas, batch.inputs)
+        untold = clean_from(weak, x, t, alphas, nothing)
         pushed = untold + weight * (told - untold)
         deviation, mean = torch.std_mean(pushed, (3, 4), keepdim=True, correction=0)
         kept, at = torch.std_mean(told, (3, 4), keepdim=True, correction=0)
-        pushed = at + (kept / deviation.clamp_min(1e-6)).clamp_max(1.0) * (pushed - mean)
-        return keeping(batch, pushed)
+        like = at + (kept / deviation.clamp_min(1e-6)).clamp_max(1.0) * (pushed - mean)
+        return keeping(batch, torch.where(freed, pushed, like))
 
     return predict
 
@@ -177,13 +190,20 @@ class Lesson:
 
 
 @torch.no_grad()
-def make_lesson(teacher: StemUNet, batch: Batch, start: torch.Tensor, alphas: torch.Tensor) -> Lesson:
+def make_lesson(
+    teacher: StemUNet,
+    batch: Batch,
+    start: torch.Tensor,
+    alphas: torch.Tensor,
+    *,
+    weak: StemUNet | None = None,
+) -> Lesson:
     """What the teacher's SUBSTEPS steps from place `start` (B,) of STEPS come to, as one step."""
     table = make_table(STEPS * SUBSTEPS, batch.latents.device)
     place = (start * SUBSTEPS).to(batch.latents.device)
     a, s = wide(table.alpha[place]), wide(table.noise[place])
     x = a * batch.latents + s * torch.randn_like(batch.latents)
-    arrived = solve(guided(teacher, batch, alphas), x, table, place, SUBSTEPS)
+    arrived = solve(guided(teacher, batch, alphas, weak=weak), x, table, place, SUBSTEPS)
     ratio = wide(table.sigma[place + SUBSTEPS] / table.sigma[place])
     clean = (arrived - ratio * x / a) / (1 - ratio)
     return Lesson(batch, x, table.timesteps[place], (a * x - clean) / s)
@@ -244,7 +264,8 @@ def main() -> None:
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
     args = parser.parse_args()
     config = loop_config(args, validate_every=300.0)
-    rng = np.random.default_rng(args.seed)
+    worker = join_workers()
+    rng = np.random.default_rng([args.seed, worker])
     torch.manual_seed(args.seed)
     held_out = load_songs(args.data / "val")
     songs = load_songs(args.data / "train")
@@ -253,7 +274,9 @@ def main() -> None:
     student, teacher = start_from(args.runs / "unet", frozen)
     give_weights(args.out, teacher.state_dict())  # it may have been trained on since
     teacher.to(args.device)
-    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, shares=SHARES)
+    weak = weakened(teacher)
+    torch.manual_seed(args.seed + worker)  # all have the same new weights, but noise of their own
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
     metric = frozen.metric.to(args.device)
@@ -261,7 +284,7 @@ def main() -> None:
 
     def lesson_of(batch: Batch, rng: np.random.Generator) -> Lesson:
         start = torch.from_numpy(rng.integers(0, STEPS, len(batch.splits)))
-        return make_lesson(teacher, batch.to(args.device), start, alphas)
+        return make_lesson(teacher, batch.to(args.device), start, alphas, weak=weak)
 
     def loss(network: StemUNet, step: int) -> tuple[torch.Tensor, Logs]:
         if step % REPEATS == 0 or not lessons:

@@ -1,11 +1,11 @@
 """python -m training.from_bundle: a shipped bundle's weights as training folders, to train on from there.
 
-Writes vae/, towers/, unet/ and a trained harmony/ with a checkpoint each, as the training commands leave
-them but for the optimisers' state, which a bundle does not hold. Where training/mel.py has other bands than
-the bundle, the layers that read or write bands are made anew such that the latents stay close to those that
-the UNet knows; a short training of the VAE makes up for the rest. Where the bundle's latents have no tones,
-these are added, untrained, and neither decoder nor UNet takes notice of them yet: `train_vae --tones-only`
-and `train_harmony` come first.
+Writes vae/, towers/, unet/, a trained harmony/ and distilled/ with a checkpoint each, as the training
+commands leave them but for the optimisers' state, which a bundle does not hold. Where training/mel.py has
+other bands than the bundle, the layers that read or write bands are made anew such that the latents stay
+close to those that the UNet knows; a short training of the VAE makes up for the rest. Where the bundle's
+latents have no tones, these are added, untrained, and neither decoder nor UNet takes notice of them yet:
+`train_vae --tones-only` and `train_harmony` come first.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def read_unet(bundle: Bundle, tones: int | None = None, *, distilled: bool = Fal
     it has for that, too, which another training of the rest makes worthless.
     """
     sizes = StemUNetConfig(**bundle.manifest.networks["unet"])
-    sizes = sizes if distilled else replace(sizes, distilled=0)
+    sizes = sizes if distilled else replace(sizes, distilled=0, weakened=False)
     weights = read_weights(bundle.path("unet.onnx"))
     more = 0 if tones is None else tones - sizes.tones
     unet = StemUNet(replace(sizes, channels=sizes.channels + more, tones=sizes.tones + more))
@@ -232,6 +232,8 @@ def main() -> None:
     networks: dict[str, nn.Module] = {"vae": vae, "towers": towers, "unet": unet}
     if "harmony" in spent and unet.harmony is not None:
         networks["harmony"] = unet.harmony
+    if unet.config.tones == TONES and bundle.manifest.distilled is not None:
+        networks["distilled"] = read_unet(bundle, TONES, distilled=True)
     if bundle.manifest.separator is not None:
         networks["separator"] = read_separator(bundle)
     for name, network in networks.items():

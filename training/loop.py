@@ -131,7 +131,7 @@ def train(
     step, spent = _resume(config, model, ema, optimisers)
     first = 0 if optimisers[0].state else step  # weights without their optimiser's state are warmed up again
     begun = round(spent / 60, 2)
-    first_worker = not dist.is_initialized() or dist.get_rank() == 0
+    first_worker = _is_first()
     bar = tqdm(
         total=config.minutes,
         initial=begun,
@@ -256,14 +256,22 @@ def write_checkpoint(state: dict[str, Any], out: Path) -> None:
 
 
 def give_weights(out: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Puts these weights over those of the same names in a training folder, if it has a checkpoint."""
+    """Puts these weights over those of the same names in a training folder, if it has a checkpoint.
+
+    After `join_workers` the first one does, and the others wait for it.
+    """
     path = out / "checkpoint.pt"
-    if not path.exists():
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for kind in ("model", "ema"):
-        state[kind].update(weights)
-    write_checkpoint(state, out)
+    if path.exists() and _is_first():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for kind in ("model", "ema"):
+            state[kind].update(weights)
+        write_checkpoint(state, out)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _report(

@@ -1,0 +1,57 @@
+"""python -m training.add_distilled: a UNet with new distilled steps -> a bundle, all else as it was."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from engine.bundle import load_bundle
+from engine.manifest import Distilled, Manifest, Weakened
+from export.bundle_writer import replace_graph
+from export.stem_unet import StemUNet, StemUNetConfig
+from training.bundle import describe_training
+from training.distill import FIRMER, FREED, LISTENING, STEPS
+from training.loop import load_ema
+
+GRAPH = "unet"
+
+
+def add_distilled(source: Path, run: Path, out: Path, version: str, *, force: bool = False) -> Manifest:
+    """Write the bundle `out`: that of `source` with the UNet of a folder of `training.distill`.
+
+    It declares what that taught: distilled steps, and the weakened prediction that they were guided by. The
+    run has to start from the UNet of this bundle, by `training.from_bundle`. Raises BacklineError as
+    load_bundle and replace_graph, FileNotFoundError without a checkpoint, RuntimeError for other sizes.
+    """
+    bundle = load_bundle(source)
+    before = bundle.manifest
+    sizes = StemUNetConfig(**before.networks[GRAPH])
+    sizes = replace(sizes, distilled=before.schedule.steps, weakened=True)
+    spent = before.provenance.get("training", {}) | describe_training({"distilled": run})
+    declared = {
+        "version": version,
+        "capabilities": tuple(dict.fromkeys([*before.capabilities, "distilled", "weakened"])),
+        "distilled": Distilled(steps=STEPS, listening=LISTENING),
+        "weakened": Weakened(listening=FIRMER, freed=FREED),
+        "networks": before.networks | {GRAPH: asdict(sizes)},
+        "provenance": before.provenance | {"training": spent},
+    }
+    manifest = before.model_copy(update=declared)
+    return replace_graph(bundle, manifest, GRAPH, load_ema(run, StemUNet(sizes)), out, force=force)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip whose UNet is replaced")
+    parser.add_argument("--run", type=Path, required=True, help="folder of training.distill")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
+    parser.add_argument("--version", required=True, help="of the model, for its manifest")
+    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
+    args = parser.parse_args()
+    written = add_distilled(args.bundle, args.run, args.out, args.version, force=args.force)
+    print(f"{args.out}: {written.provenance['export']['relative_error'][GRAPH]}")
+
+
+if __name__ == "__main__":
+    main()
