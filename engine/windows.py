@@ -250,8 +250,9 @@ def _asked(
     """What each pass asks the UNet for: a weakened prediction where it is told nothing of what is heard."""
     usual = asked_by(str(settings.sampler))
     told = {name for conditions in passes for name in conditions} & set(heard)
-    weighed = model.manifest.weakened is not None and settings.listening not in (None, 1.0)
-    return ["weakened" if weighed and not told & set(conditions) else usual for conditions in passes]
+    if model.manifest.weakened is None or settings.listening in (None, 1.0) or not told:
+        return [usual] * len(passes)
+    return [usual if told & set(conditions) else "weakened" for conditions in passes]
 
 
 def _passes(
