@@ -24,7 +24,6 @@ from engine.windows import (
     Batch,
     Conditions,
     Known,
-    Report,
     decode_timeline,
     nothing_known,
     sample_timeline,
@@ -40,6 +39,7 @@ MIN_SECONDS, MAX_SECONDS = 1.0, 1800.0
 ATTEMPTS, RESTING_DB = 3, 40.0
 FULL_SCALE = 0.99
 PEAK_BLOCK = 1 << 18  # samples looked at together
+HUSH_BLOCK = 1 << 12  # mel frames
 NEXT_SEED = 1 << 32  # past the seeds that users type
 
 
@@ -97,8 +97,8 @@ def generate(
     )
     started = clock(timings, "sample", started)
     rate = model.manifest.vocoder.sample_rate
-    rendered = _render(model, latents, callback)
-    rendered *= _makeup(model.manifest, model.manifest.stems, settings, alone=True)
+    makeup = _makeup(model.manifest, model.manifest.stems, settings, alone=True)
+    rendered = _render(model, latents, makeup, callback)
     rendered *= _unclipped(rendered)
     stems = {
         name: Audio(fit(rendered[i : i + 1], round(seconds * rate)), rate)
@@ -184,8 +184,8 @@ def fill(
 
     mels = _sounding(sample, model.manifest)
     started = clock(timings, "sample", started)
-    rendered = vocode_timeline(model, mels, stretch(callback, "render", 0.85, 1.0))
-    rendered *= _makeup(model.manifest, wanted, settings) / np.float32(gain)
+    rendered = _played(model, mels, _makeup(model.manifest, wanted, settings), callback)
+    rendered /= np.float32(gain)
     at_rate = fit(resample(Audio(rendered, model.manifest.vocoder.sample_rate), rate).samples, length)
     stems = {
         name: Audio(np.broadcast_to(at_rate[i], (channels, length)), rate) for i, name in enumerate(wanted)
@@ -263,9 +263,10 @@ def continue_(
     )
     started = clock(timings, "sample", started)
     wanted = [name for name in manifest.stems if name in before]
-    rendered = _render(model, latents[[manifest.stems.index(name) for name in wanted]], callback)
+    made = latents[[manifest.stems.index(name) for name in wanted]]
+    rendered = _render(model, made, _makeup(manifest, wanted, settings), callback)
     rendered = rendered[:, heard * manifest.latent.frames * manifest.vocoder.hop :]
-    rendered *= _makeup(manifest, wanted, settings) / np.float32(gain)
+    rendered /= np.float32(gain)
     size = round(seconds * rate)
     at_rate = fit(resample(Audio(rendered, manifest.vocoder.sample_rate), rate).samples, size)
     stems = {
@@ -458,26 +459,45 @@ def _common_shape(parts: Sequence[Audio]) -> tuple[int, int, int]:
     return rates[0], max(part.length for part in parts), max(part.channels for part in parts)
 
 
-def _render(model: Model, latents: FloatArray, callback: Callback | None) -> FloatArray:
-    """(N, Z, total, F) -> audio (N, samples) at the vocoder's rate."""
-    decoding: Report = stretch(callback, "render", 0.8, 0.85)
-    vocoding: Report = stretch(callback, "render", 0.85, 1.0)
-    return vocode_timeline(model, decode_timeline(model, latents, decoding), vocoding)
+def _render(model: Model, latents: FloatArray, makeup: FloatArray, callback: Callback | None) -> FloatArray:
+    """(N, Z, total, F) -> audio (N, samples) at the vocoder's rate, with the makeup (N, 1) in dB."""
+    mels = decode_timeline(model, latents, stretch(callback, "render", 0.8, 0.85))
+    return _played(model, mels, makeup, callback)
+
+
+def _played(model: Model, mels: FloatArray, makeup: FloatArray, callback: Callback | None) -> FloatArray:
+    """Log mels (N, frames, mels), which are changed -> audio (N, samples) with the makeup (N, 1) in dB."""
+    hush(mels, makeup, model.manifest.mel.floor)
+    rendered = vocode_timeline(model, mels, stretch(callback, "render", 0.85, 1.0))
+    rendered *= 10 ** (makeup / 20)
+    return rendered
+
+
+def hush(mels: FloatArray, gain: FloatArray, floor: float) -> None:
+    """Takes down, in place, what a gain (N, 1) in dB would bring up from the floor of log mels (N, T, M).
+
+    Bands at the floor tell nothing: their sound, made louder, is hiss under the music. A downward expander of
+    ratio 2, whose threshold is as far above the floor as the gain reaches, ends where it would have been.
+    """
+    reach = gain[:, :, None] * np.float32(np.log(10) / 20)
+    for start in range(0, mels.shape[1], HUSH_BLOCK):
+        block = mels[:, start : start + HUSH_BLOCK]
+        np.minimum(block, 2 * block - np.float32(np.log(floor)) - reach, out=block)
 
 
 def _makeup(
     manifest: Manifest, stems: Sequence[str], settings: Settings, *, alone: bool = False
 ) -> FloatArray:
-    """(len(stems), 1) factors that bring what the model makes of each stem to its usual level.
+    """(len(stems), 1) dB that bring what the model makes of each stem to its usual level.
 
     settings: resolved. alone: made up with nothing to play along with.
     """
     level = manifest.level
     if level is None:
-        return np.ones((len(stems), 1), np.float32)
+        return np.zeros((len(stems), 1), np.float32)
     db = level.alone_db if alone and level.alone_db else level.makeup_db
     more = {} if settings.sampler == "distilled" else level.ordinary_db
-    return np.array([[10 ** ((db.get(s, 0.0) + more.get(s, 0.0)) / 20)] for s in stems], np.float32)
+    return np.array([[db.get(s, 0.0) + more.get(s, 0.0)] for s in stems], np.float32)
 
 
 def _unclipped(stems: FloatArray) -> np.float32:

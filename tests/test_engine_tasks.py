@@ -103,6 +103,17 @@ def test_makeup_makes_louder_what_is_made(tiny_model: Model) -> None:
             assert np.allclose(after.stems[name].samples, gain * audio.samples, rtol=1e-4, atol=1e-6), name
 
 
+def test_makeup_does_not_bring_up_what_lies_at_the_floor() -> None:
+    floor, reach = np.log(1e-4), np.log(10) * 12 / 20
+    given = np.array([floor, floor + 0.1, floor + reach / 2, floor + reach, floor + 5, 0.0], np.float32)
+    mels = np.tile(given, (3, 5000, 1))
+    tasks.hush(mels, np.array([[12.0], [0.0], [-6.0]], np.float32), 1e-4)
+    raised = mels[0] + reach
+    assert np.allclose(raised, raised[0]), "every frame, in whatever block"
+    assert np.allclose(raised[0], [floor, floor + 0.2, floor + reach, *(given[3:] + reach)], atol=1e-5)
+    assert np.allclose(mels[1:], given), "without a gain nothing is changed"
+
+
 def test_a_band_has_its_own_makeup_and_does_not_clip(tiny_model: Model) -> None:
     def made(**gains: dict[str, float]) -> Take:
         model, level = copy.copy(tiny_model), tiny_model.manifest.level
@@ -118,7 +129,8 @@ def test_a_band_has_its_own_makeup_and_does_not_clip(tiny_model: Model) -> None:
     assert levels(made(makeup_db={"bass": 9.0}, alone_db=quiet)) == pytest.approx(plain, abs=1e-3)
     changed = levels(made(alone_db=quiet | {"piano": -46.0}))
     assert changed - plain == pytest.approx([0, 0, 0, -6.0], abs=1e-3)
-    loud = made(alone_db=dict.fromkeys(STEMS, 40.0))
+    assert (plain + 60).max() > 0, "the next would clip"
+    loud = made(alone_db=dict.fromkeys(STEMS, 20.0))
     assert np.abs(loud.mix().samples).max() <= 1.0
     assert levels(loud) - levels(loud)[0] == pytest.approx(plain - plain[0], abs=1e-2), "the balance stays"
     assert all(np.abs(part.samples).max() <= 1.0 for part in loud.stems.values())
