@@ -86,7 +86,7 @@ def sample_on_device(
     """
     path, updates = linear_steps(sampler, model.schedule, steps, eta)
     asked = asked or [asked_by(sampler)] * len(passes)
-    told = np.array([[model.told_timestep(t, kind) for kind in asked] for t in path])
+    told = np.array([[model.told_timestep(t, kind) for kind in asked] for t in path], np.int64)
     told = np.repeat(told, len(x), axis=1)
     feeds = _step_feeds(model, x, path, updates, held, rng)
     feeds["timesteps"] = np.concatenate([told[1:], told[-1:]])

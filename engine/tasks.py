@@ -479,10 +479,11 @@ def hush(mels: FloatArray, gain: FloatArray, floor: float) -> None:
     Bands at the floor tell nothing: their sound, made louder, is hiss under the music. A downward expander of
     ratio 2, whose threshold is as far above the floor as the gain reaches, ends where it would have been.
     """
-    reach = gain[:, :, None] * np.float32(np.log(10) / 20)
-    for start in range(0, mels.shape[1], HUSH_BLOCK):
-        block = mels[:, start : start + HUSH_BLOCK]
-        np.minimum(block, 2 * block - np.float32(np.log(floor)) - reach, out=block)
+    reach = gain[:, 0] * np.float32(np.log(10) / 20)
+    for number in np.flatnonzero(gain[:, 0] > 0):
+        for start in range(0, mels.shape[1], HUSH_BLOCK):
+            block = mels[number, start : start + HUSH_BLOCK]
+            np.minimum(block, 2 * block - np.float32(np.log(floor)) - reach[number], out=block)
 
 
 def _makeup(

@@ -105,12 +105,14 @@ def test_makeup_makes_louder_what_is_made(tiny_model: Model) -> None:
 
 def test_makeup_does_not_bring_up_what_lies_at_the_floor() -> None:
     floor, reach = np.log(1e-4), np.log(10) * 12 / 20
-    given = np.array([floor, floor + 0.1, floor + reach / 2, floor + reach, floor + 5, 0.0], np.float32)
+    given = np.array([floor - 1, floor, floor + 0.1, floor + reach / 2, floor + reach, 0.0], np.float32)
     mels = np.tile(given, (3, 5000, 1))
     tasks.hush(mels, np.array([[12.0], [0.0], [-6.0]], np.float32), 1e-4)
     raised = mels[0] + reach
     assert np.allclose(raised, raised[0]), "every frame, in whatever block"
-    assert np.allclose(raised[0], [floor, floor + 0.2, floor + reach, *(given[3:] + reach)], atol=1e-5)
+    assert np.allclose(
+        raised[0], [floor - 2, floor, floor + 0.2, floor + reach, *(given[4:] + reach)], atol=1e-5
+    )
     assert np.allclose(mels[1:], given), "without a gain nothing is changed"
 
 
