@@ -33,9 +33,11 @@ class Reusing(StemUNet):
     every, calls = 1, 0
     kept: torch.Tensor
 
-    def attended(self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
+    def attended(
+        self, h: torch.Tensor, cond: torch.Tensor, far: torch.Tensor, weak: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.calls % self.every == 0:
-            self.kept = super().attended(h, cond, far)
+            self.kept = super().attended(h, cond, far, weak)
         self.calls += 1
         return self.kept
 
