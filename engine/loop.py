@@ -81,8 +81,8 @@ def sample_on_device(
     passes: the UNet's conditions of each pass, 1, 2 or 4 of them, in the order of export/step_graph.py; they
     run as one batch. asked: what each pass asks the UNet for, what goes with the sampler if not given.
     guidance: scale and rescale (`engine.denoisers.guided`) of the one condition, or of the outer and the
-    inner one. eta's noises are drawn from `rng` as the sampler draws them. callback: before the
-    first step and after each, raises to cancel.
+    inner one. eta's noises are drawn from `rng` as the sampler draws them. callback: before the first step
+    and after each, raises to cancel.
     """
     path, updates = linear_steps(sampler, model.schedule, steps, eta)
     asked = asked or [asked_by(sampler)] * len(passes)

@@ -247,12 +247,12 @@ def _listening(manifest: Manifest, weight: float) -> Guidance:
 def _asked(
     model: Model, settings: Settings, passes: Sequence[dict[str, FloatArray]], heard: Sequence[str]
 ) -> list[Asked]:
-    """What each pass asks the UNet for: a weakened prediction where it is told nothing of what is heard."""
+    """What each pass asks the UNet for: a weakened prediction where it hears less than the first."""
     usual = asked_by(str(settings.sampler))
-    told = {name for conditions in passes for name in conditions} & set(heard)
-    if model.manifest.weakened is None or settings.listening in (None, 1.0) or not told:
+    if model.manifest.weakened is None:
         return [usual] * len(passes)
-    return [usual if told & set(conditions) else "weakened" for conditions in passes]
+    told = passes[0].keys() & set(heard)
+    return ["weakened" if told - conditions.keys() else usual for conditions in passes]
 
 
 def _passes(
@@ -260,8 +260,8 @@ def _passes(
 ) -> tuple[list[dict[str, FloatArray]], list[Guidance]]:
     """Guidance by one condition after another, each against the same without it.
 
-    weights: the names of the condition's inputs, and its guidance. Returns the conditions of
-    each pass of the UNet, in the order of `sample_on_device`, and the scales and rescales that are left.
+    weights: the names of the condition's inputs, and its guidance. Returns the conditions of each pass of the
+    UNet, the first told all, in the order of `sample_on_device`, and the guidance that is left.
     """
     if not weights:
         return [conditions], []

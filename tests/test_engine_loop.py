@@ -121,15 +121,15 @@ def test_guidance_on_the_device(tiny_model: Model, guidance: float, listening: f
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("shared", [False, True])
-def test_listening_by_a_weakened_prediction(tmp_path: Path, guidance: float, shared: bool) -> None:
+@pytest.mark.parametrize("in_numpy", [False, True])
+def test_listening_by_a_weakened_prediction(tmp_path: Path, guidance: float, in_numpy: bool) -> None:
     """One step to clean latents, as Karras and others write it: on the device, and in numpy."""
     model = Model.open(write_tiny_bundle(tmp_path / "b", **WEAK), "cpu", 1)
     chords = np.random.default_rng(1).normal(0, 1, (1, WINDOW, 25)).astype(np.float32)
     settings = resolve(
         Settings(seed=4, guidance=guidance, listening=1.5, steps=1, sampler="euler"), model.manifest
     )
-    wrap = (lambda denoise, start, window: denoise) if shared else None
+    wrap = (lambda denoise, start, window: denoise) if in_numpy else None
     made = sample_timeline(
         model, WINDOW, settings, known=context(np.random.default_rng(5), 1), heard=HEARD, wrap=wrap,
         conditions=lambda start, n: {"film": FILM, "chords": chords}, report=lambda _: None,

@@ -399,12 +399,10 @@ def test_what_is_heard_is_weighed_against_a_weakened_prediction(
     tasks.fill(model, without("bass"), ["bass"], settings=Settings(listening=1.0))
     tasks.fill(model, without("bass"), ["bass"], settings=Settings(quality="draft"))
     tasks.generate(model, seconds=1, bpm=90)
-    free, told = ({"free": True, "settings": Settings(listening=2.0)}, {"settings": Settings(listening=2.0)})
-    tasks.generate(model, seconds=1, **free)
-    tasks.generate(model, seconds=1, bpm=90, **told)
-    usual, weak = "ordinary", "weakened"
-    filled = [(usual, weak), (usual, weak, usual, weak), (usual,), ("distilled",)]
-    assert calls == [*filled, (usual,), (usual,), (usual, weak)]
+    tasks.generate(model, seconds=1, free=True, settings=Settings(listening=2.0))
+    tasks.generate(model, seconds=1, bpm=90, settings=Settings(listening=2.0))
+    one, pair = ("ordinary",), ("ordinary", "weakened")
+    assert calls == [pair, pair * 2, one, ("distilled",), one, one, pair]
 
 
 @pytest.mark.parametrize(

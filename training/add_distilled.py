@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine.bundle import load_bundle
-from engine.manifest import Distilled, Manifest, Weakened
+from engine.manifest import Manifest
 from export.bundle_writer import replace_graph
 from export.stem_unet import StemUNet, StemUNetConfig
-from training.bundle import describe_training
-from training.distill import FIRMER, FREED, LISTENING, STEPS
+from training.bundle import describe_training, replacing_arguments, with_training
+from training.distill import TAUGHT
 from training.loop import load_ema
 
 GRAPH = "unet"
@@ -28,26 +28,20 @@ def add_distilled(source: Path, run: Path, out: Path, version: str, *, force: bo
     before = bundle.manifest
     sizes = StemUNetConfig(**before.networks[GRAPH])
     sizes = replace(sizes, distilled=before.schedule.steps, weakened=True)
-    spent = before.provenance.get("training", {}) | describe_training({"distilled": run})
     declared = {
         "version": version,
-        "capabilities": tuple(dict.fromkeys([*before.capabilities, "distilled", "weakened"])),
-        "distilled": Distilled(steps=STEPS, listening=LISTENING),
-        "weakened": Weakened(listening=FIRMER, freed=FREED),
+        "capabilities": (*(c for c in before.capabilities if c not in TAUGHT), *TAUGHT),
         "networks": before.networks | {GRAPH: asdict(sizes)},
-        "provenance": before.provenance | {"training": spent},
     }
-    manifest = before.model_copy(update=declared)
+    manifest = Manifest(**(dict(before) | TAUGHT | declared))
+    manifest = with_training(manifest, describe_training({"distilled": run}))
     return replace_graph(bundle, manifest, GRAPH, load_ema(run, StemUNet(sizes)), out, force=force)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip whose UNet is replaced")
+    replacing_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, help="folder of training.distill")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
-    parser.add_argument("--version", required=True, help="of the model, for its manifest")
-    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     written = add_distilled(args.bundle, args.run, args.out, args.version, force=args.force)
     print(f"{args.out}: {written.provenance['export']['relative_error'][GRAPH]}")

@@ -11,7 +11,7 @@ from engine.manifest import Manifest
 from engine.manifest import Separator as Geometry
 from export.bundle_writer import replace_graph
 from export.separator import Separator, SeparatorConfig
-from training.bundle import describe_training
+from training.bundle import describe_training, replacing_arguments, with_training
 from training.loop import blend, load_ema
 from training.render import SEPARATION_RATE
 from training.train_separator import HOP, N_FFT
@@ -67,23 +67,19 @@ def add_separator(
     if earlier is not None:
         blend(network, load_ema(earlier, Separator(sizes)), 0.5)
         trained[GRAPH]["mean_with_minutes"] = describe_training({GRAPH: earlier})[GRAPH]["minutes"]
-    manifest = with_separator(bundle.manifest, network, share)
-    provenance = manifest.provenance | {"training": manifest.provenance.get("training", {}) | trained}
-    manifest = manifest.model_copy(update={"provenance": provenance, "version": version})
+    manifest = with_training(with_separator(bundle.manifest, network, share), trained)
+    manifest = manifest.model_copy(update={"version": version})
     return replace_graph(bundle, manifest, GRAPH, network, out, sizes=SIZES, force=force)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip that it is added to")
+    replacing_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, help="folder of training.train_separator")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
-    parser.add_argument("--version", required=True, help="of the model, for its manifest")
     parser.add_argument(
         "--share", type=float, default=1.0, help="of its masks where the UNet's join in (%(default)s: alone)"
     )
     parser.add_argument("--earlier", type=Path, help="a copy of the folder from before: the mean of both")
-    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
     args = parser.parse_args()
     written = add_separator(
         args.bundle,

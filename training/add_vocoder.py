@@ -10,6 +10,7 @@ from engine.bundle import load_bundle
 from engine.manifest import Manifest
 from export.bundle_writer import replace_graph
 from export.griffin_lim import GriffinLim, GriffinLimConfig
+from training.bundle import replacing_arguments
 
 GRAPH = "vocoder"
 
@@ -28,10 +29,7 @@ def add_vocoder(source: Path, out: Path, version: str, *, force: bool = False) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="folder or zip whose vocoder is replaced")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
-    parser.add_argument("--version", required=True, help="of the model, for its manifest")
-    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
+    replacing_arguments(parser)
     args = parser.parse_args()
     written = add_vocoder(args.bundle, args.out, args.version, force=args.force)
     print(f"{args.out}: {written.provenance['export']['relative_error'][GRAPH]}")

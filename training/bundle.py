@@ -12,10 +12,8 @@ import torch
 
 from engine.bundle import load_bundle
 from engine.manifest import (
-    Capability,
     Chords,
     Clap,
-    Distilled,
     Grid,
     Latent,
     Level,
@@ -23,7 +21,6 @@ from engine.manifest import (
     Preset,
     Sampling,
     Vocoder,
-    Weakened,
 )
 from export.bundle_writer import export_bundle
 from export.griffin_lim import GriffinLim, GriffinLimConfig
@@ -32,7 +29,7 @@ from export.stem_unet import StemUNet
 from export.vocos import Vocos, VocosConfig
 from training.captions import encode, for_prompts
 from training.dataset import MIXTURE_DB, load_songs
-from training.distill import FIRMER, FREED, HARMONY_GUIDANCE, LISTENING, STEPS
+from training.distill import HARMONY_GUIDANCE, STEPS, TAUGHT
 from training.from_bundle import read_unet
 from training.loop import blend, load_ema
 from training.mel import GEOMETRY, LATENT_FRAMES, WINDOW
@@ -54,6 +51,22 @@ def describe_training(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Steps and minutes of each network's training, from the last line of its log."""
     rows = {name: json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for name, run in runs.items()}
     return {name: {"steps": row["step"], "minutes": round(row["minutes"], 1)} for name, row in rows.items()}
+
+
+def replacing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that replace one graph of a bundle."""
+    parser.add_argument(
+        "--bundle", type=Path, required=True, help="folder or zip that all else is taken from"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
+    parser.add_argument("--version", required=True, help="of the model, for its manifest")
+    parser.add_argument("--force", action="store_true", help="replace the bundle in --out")
+
+
+def with_training(manifest: Manifest, training: dict[str, dict[str, float]]) -> Manifest:
+    """The manifest with what `describe_training` says of some networks in its provenance, too."""
+    spent = manifest.provenance.get("training", {}) | training
+    return manifest.model_copy(update={"provenance": manifest.provenance | {"training": spent}})
 
 
 def with_distilled(sampling: Sampling, steps: int, normal: bool) -> Sampling:
@@ -115,12 +128,10 @@ def main() -> None:
         with_decoder(vae, runs["decoder"], args.decoder_share)
         training["decoder"]["share"] = args.decoder_share
     sizes = replace(unet_config(frozen), harmony_guidance=args.harmony_guidance)
-    distilled, weak = None, None
-    if "distilled" in runs:
-        distilled = Distilled(steps=STEPS, listening=LISTENING)
-        weak = Weakened(listening=FIRMER, freed=FREED)  # what the distilled steps were taught by
+    taught = TAUGHT if "distilled" in runs else {}
+    if taught:
         sizes = replace(sizes, distilled=SCHEDULE.steps, weakened=True)
-    unet = load_ema(runs["distilled" if distilled else "unet"], StemUNet(sizes))
+    unet = load_ema(runs["distilled" if taught else "unet"], StemUNet(sizes))
     kept = {}
     if args.keep:
         shipped = load_bundle()
@@ -138,10 +149,8 @@ def main() -> None:
         guidance=args.guidance,
         listening=args.listening,
     )
-    capabilities: tuple[Capability, ...] = ("text", "audio", "context", "mixture", "grid", "chords")
-    if distilled:
-        sampling = with_distilled(sampling, distilled.steps, args.distilled_for == "normal")
-        capabilities = (*capabilities, "distilled", "weakened")
+    if taught:
+        sampling = with_distilled(sampling, STEPS, args.distilled_for == "normal")
     with torch.no_grad():
         uncond = towers.text(*encode(frozen.tokenizer, [""]))[0]
     manifest = Manifest(
@@ -157,9 +166,8 @@ def main() -> None:
         prediction="v",
         sampling=sampling,
         window_frames=WINDOW,
-        capabilities=capabilities,
-        distilled=distilled,
-        weakened=weak,
+        capabilities=("text", "audio", "context", "mixture", "grid", "chords", *taught),
+        **taught,
         film_dim=towers.config.embedding,
         film_uncond=tuple(round(v, 6) for v in uncond.tolist()),
         clap=Clap(tokenizer="tokenizer.json", audio_input="mel"),

@@ -17,11 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from engine.manifest import Capability, Distilled, Weakened
 from engine.schedule import distilled_timesteps, make_schedule
 from engine.tasks import HEARD
 from export.stem_unet import StemUNet, StemUNetConfig, weakened
@@ -58,6 +60,10 @@ KEPT = 24  # and at random from the last ones
 LISTENING = 1.5  # what fill takes, see `training.bundle --listening`
 FIRMER = {"piano": 3.0}  # that of a stem which less leaves vague, and
 FREED = ("piano",)  # whose deviation is not brought back: vague latents are the small ones
+TAUGHT: dict[Capability, Any] = {  # by capability, what a manifest declares of it
+    "distilled": Distilled(steps=STEPS, listening=LISTENING),
+    "weakened": Weakened(listening=FIRMER, freed=FREED),
+}
 HARMONY_GUIDANCE = 3.0  # of the tones, see `training.bundle --harmony-guidance`
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, timesteps (B,)) -> clean latents
