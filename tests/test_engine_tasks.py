@@ -360,21 +360,26 @@ def few_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model.open(write_tiny_bundle(tmp_path_factory.mktemp("few") / "b", **DISTILLED), "cpu", 1)
 
 
-def test_a_distilled_draft_takes_its_steps_in_one_pass_each(
-    few_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How each window was sampled: the options it was called with, `asked` with one for each pass."""
     real, calls = windows.sample_on_device, []
-    monkeypatch.setattr(
-        windows,
-        "sample_on_device",
-        lambda model, x, passes, **kwargs: (
-            calls.append((len(passes), kwargs["sampler"], kwargs["steps"])),
-            real(model, x, passes, **kwargs),
-        )[1],
-    )
+
+    def record(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(windows, "sample_on_device", record)
+    return calls
+
+
+def test_a_distilled_draft_takes_its_steps_in_one_pass_each(
+    few_model: Model, sampled: list[dict[str, Any]]
+) -> None:
     draft = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(quality="draft"))
     tasks.generate(few_model, seconds=1, bpm=90, settings=Settings(quality="draft"))
     usual = tasks.fill(few_model, without("bass"), ["bass"])
+    calls = [(len(call["asked"]), call["sampler"], call["steps"]) for call in sampled]
     assert calls == [(1, "distilled", 6), (1, "distilled", 6), (2, "dpmpp_2m", 4)]
     assert draft.record["settings"]["sampler"] == "distilled"
     asked = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(sampler="distilled"))
@@ -382,18 +387,9 @@ def test_a_distilled_draft_takes_its_steps_in_one_pass_each(
 
 
 def test_what_is_heard_is_weighed_against_a_weakened_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sampled: list[dict[str, Any]]
 ) -> None:
     model = Model.open(write_tiny_bundle(tmp_path / "b", **WEAK), "cpu", 1)
-    real, calls = windows.sample_on_device, []
-    monkeypatch.setattr(
-        windows,
-        "sample_on_device",
-        lambda model, x, passes, **kwargs: (
-            calls.append(tuple(kwargs["asked"])),
-            real(model, x, passes, **kwargs),
-        )[1],
-    )
     tasks.fill(model, without("bass"), ["bass"])
     tasks.fill(model, without("bass"), ["bass"], text="loud", settings=Settings(guidance=2.0))
     tasks.fill(model, without("bass"), ["bass"], settings=Settings(listening=1.0))
@@ -402,6 +398,7 @@ def test_what_is_heard_is_weighed_against_a_weakened_prediction(
     tasks.generate(model, seconds=1, free=True, settings=Settings(listening=2.0))
     tasks.generate(model, seconds=1, bpm=90, settings=Settings(listening=2.0))
     one, pair = ("ordinary",), ("ordinary", "weakened")
+    calls = [tuple(call["asked"]) for call in sampled]
     assert calls == [pair, pair * 2, one, ("distilled",), one, one, pair]
 
 
@@ -421,18 +418,11 @@ def test_distilled_sampling_is_had_as_it_was_taught(
     [({"steps": 5}, 5, 2), ({"listening": 3.0}, 8, 2), ({"listening": 1.0}, 8, 1), ({"steps": 6}, 6, 1)],
 )
 def test_other_steps_or_a_listening_are_sampled_as_the_best_is(
-    few_model: Model, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], steps: int, passes: int
+    few_model: Model, sampled: list[dict[str, Any]], change: dict[str, Any], steps: int, passes: int
 ) -> None:
-    calls: list[int] = []
-    real = windows.sample_on_device
-    monkeypatch.setattr(
-        windows,
-        "sample_on_device",
-        lambda model, x, passes, **kwargs: (calls.append(len(passes)), real(model, x, passes, **kwargs))[1],
-    )
     take = tasks.fill(few_model, without("bass"), ["bass"], settings=Settings(quality="draft", **change))
     assert take.record["settings"]["sampler"] == ("distilled" if steps == 6 else "dpmpp_2m")
-    assert take.record["settings"]["steps"] == steps and calls == [passes]
+    assert take.record["settings"]["steps"] == steps and [len(call["asked"]) for call in sampled] == [passes]
     again = Settings(**take.record["settings"])
     assert content(tasks.fill(few_model, without("bass"), ["bass"], settings=again)) == content(take)
 

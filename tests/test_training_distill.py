@@ -203,13 +203,16 @@ def test_a_bundle_takes_the_taught_steps_and_keeps_all_else(
     run.mkdir()
     write_checkpoint({"model": unet.state_dict(), "ema": unet.state_dict(), "step": 5}, run)
     (run / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
+    spent = before.manifest.provenance.get("training", {})
     made = add_distilled(tiny_default_bundle, run, tmp_path / "made", "9")
+    assert made.provenance["training"] == spent | {"distilled": {"steps": 5, "minutes": 1.3}}
+    made = add_distilled(tiny_default_bundle, run, tmp_path / "made", "9", unet=run, force=True)
+    assert made.provenance["training"]["unet"] == {"steps": 5, "minutes": 1.3}
     changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
     assert changed == {"unet.onnx"} and made.files.keys() == before.manifest.files.keys()
     assert made.version == "9" and made.distilled == Distilled(steps=STEPS, listening=distill.LISTENING)
     assert made.weakened is not None and made.weakened.listening == distill.FIRMER
     assert set(made.capabilities) - set(before.manifest.capabilities) == {"distilled", "weakened"}
-    assert made.provenance["training"]["distilled"] == {"steps": 5, "minutes": 1.3}
     x = np.random.default_rng(0).normal(0, 1, (1, S, sizes.channels, 12, 1)).astype(np.float32)
     old, new = (Model.open(path, "cpu", 1) for path in (tiny_default_bundle, tmp_path / "made"))
     assert np.abs(old.denoiser({})(x, 300) - new.denoiser({})(x, 300)).max() < 1e-3

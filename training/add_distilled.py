@@ -17,11 +17,14 @@ from training.loop import load_ema
 GRAPH = "unet"
 
 
-def add_distilled(source: Path, run: Path, out: Path, version: str, *, force: bool = False) -> Manifest:
+def add_distilled(
+    source: Path, run: Path, out: Path, version: str, *, unet: Path | None = None, force: bool = False
+) -> Manifest:
     """Write the bundle `out`: that of `source` with the UNet of a folder of `training.distill`.
 
     It declares what that taught: distilled steps, and the weakened prediction that they were guided by. The
-    run has to start from the UNet of this bundle, by `training.from_bundle`. Raises BacklineError as
+    run has to start from the UNet of this bundle, by `training.from_bundle`. unet: the training folder in
+    which that was trained on since; what `run` holds of it is what is written. Raises BacklineError as
     load_bundle and replace_graph, FileNotFoundError without a checkpoint, RuntimeError for other sizes.
     """
     bundle = load_bundle(source)
@@ -34,7 +37,8 @@ def add_distilled(source: Path, run: Path, out: Path, version: str, *, force: bo
         "networks": before.networks | {GRAPH: asdict(sizes)},
     }
     manifest = Manifest(**(dict(before) | TAUGHT | declared))
-    manifest = with_training(manifest, describe_training({"distilled": run}))
+    runs = {"distilled": run} | ({} if unet is None else {GRAPH: unet})
+    manifest = with_training(manifest, describe_training(runs))
     return replace_graph(bundle, manifest, GRAPH, load_ema(run, StemUNet(sizes)), out, force=force)
 
 
@@ -42,8 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     replacing_arguments(parser)
     parser.add_argument("--run", type=Path, required=True, help="folder of training.distill")
+    parser.add_argument("--unet", type=Path, help="folder of training.train_unet, if it was trained on, too")
     args = parser.parse_args()
-    written = add_distilled(args.bundle, args.run, args.out, args.version, force=args.force)
+    written = add_distilled(args.bundle, args.run, args.out, args.version, unet=args.unet, force=args.force)
     print(f"{args.out}: {written.provenance['export']['relative_error'][GRAPH]}")
 
 

@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser, lr: float) -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="windows a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=lr, help="highest learning rate (%(default)s)")
+    parser.add_argument(
+        "--ema",
+        type=float,
+        default=LoopConfig.ema,
+        help="of the averaged weights, the share a step keeps; less for a short run (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all")
     parser.add_argument(
@@ -87,7 +93,9 @@ def loop_config(args: argparse.Namespace, validate_every: float = LoopConfig.val
     """The LoopConfig of parsed arguments; also sets the number of threads."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return LoopConfig(args.out, args.minutes, args.lr, validate_every=validate_every, device=args.device)
+    return LoopConfig(
+        args.out, args.minutes, args.lr, ema=args.ema, validate_every=validate_every, device=args.device
+    )
 
 
 def learning_rate(config: LoopConfig, step: int, progress: float) -> float:

@@ -4,6 +4,8 @@ Each window is given a task at random: generate (nothing known), fill (some stem
 their mixture), split (the mixture of all stems known). Time spans of all stems may be known too, so that
 windows join. Text or audio embeddings, tempo grid and chords are each dropped at random, which is what makes
 them optional.
+
+Several processes: `torchrun --nproc-per-node N -m training.train_unet --loaders 0`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from training.loop import (
     add_arguments,
     fixed_draws,
     give_weights,
+    join_workers,
     load_ema,
     loop_config,
     means,
@@ -335,7 +338,8 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
     config = loop_config(args, validate_every=300.0)
-    rng = np.random.default_rng(args.seed)
+    worker = join_workers()
+    rng = np.random.default_rng([args.seed, worker])
     torch.manual_seed(args.seed)
     held_out = load_songs(args.data / "val")
     frozen = freeze(args.vae, args.towers, config.out / STATISTICS, load_songs(args.data / "train"))
@@ -345,7 +349,8 @@ def main() -> None:
         hold_harmony(model, args.harmony, config.out)
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
-    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, favoured, shares)
+    torch.manual_seed(args.seed + worker)  # all have the same new weights, but noise of their own
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, favoured, shares)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
     def loss_of(network: StemUNet, batch: Batch, rng: np.random.Generator) -> tuple[torch.Tensor, Logs]:
