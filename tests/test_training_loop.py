@@ -257,6 +257,8 @@ def test_arguments_become_a_config(tmp_path: Path) -> None:
     args = parser.parse_args(["--data", "d", "--out", str(tmp_path), "--minutes", "5", "--device", "cpu"])
     assert loop_config(args) == LoopConfig(tmp_path, 5.0, 3e-4, device="cpu")
     assert loop_config(args, validate_every=7.0).validate_every == 7.0
+    args = parser.parse_args(["--data", ".", "--out", ".", "--minutes", "5", "--ema", "0.9"])
+    assert loop_config(args).ema == 0.9
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
