@@ -281,7 +281,6 @@ def main() -> None:
     give_weights(args.out, teacher.state_dict())  # it may have been trained on since
     teacher.to(args.device)
     weak = weakened(teacher)
-    torch.manual_seed(args.seed + worker)  # all have the same new weights, but noise of their own
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 

@@ -108,7 +108,7 @@ def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
 def join_workers() -> int:
     """Which of torchrun's processes this is, 0 where it was not used; `train` then takes its steps with all.
 
-    Each draws a batch of its own, so seed its draws with the number, and the weights alike.
+    Each draws a batch of its own, so seed its draws with the number, but torch alike, for the new weights.
     """
     if "WORLD_SIZE" not in os.environ:
         return 0
@@ -132,6 +132,8 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         raise RuntimeError("this network is trained by one process; start it without torchrun")
+    if dist.is_initialized():
+        torch.manual_seed(torch.initial_seed() + dist.get_rank())  # the same new weights, noise of their own
     config.out.mkdir(parents=True, exist_ok=True)
     model.to(config.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)

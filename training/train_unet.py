@@ -349,7 +349,6 @@ def main() -> None:
         hold_harmony(model, args.harmony, config.out)
     decoder = copy.deepcopy(frozen.vae.decoder).to(args.device)
     favoured = STEMS.index(args.favour) if args.favour else None
-    torch.manual_seed(args.seed + worker)  # all have the same new weights, but noise of their own
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, favoured, shares)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
 
