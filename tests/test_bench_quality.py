@@ -6,6 +6,8 @@ import json
 import re
 from base64 import b64decode
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,13 +145,32 @@ def test_a_stopped_measurement_goes_on_with_the_parts_it_has(
     assert not list(tmp_path.iterdir())
 
 
+def test_novelty_stands_beside_the_same_songs_in_the_sounds_of_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(band, "load_songs", lambda folder: [])
+    monkeypatch.setattr(band, "training_bank", lambda songs, count: None)
+    monkeypatch.setattr(band, "nearest", lambda known, signals: [float(signal[0]) for signal in signals])
+    held = SimpleNamespace(window=SimpleNamespace(mixture=np.array([2.0])))
+    bands: Any = [SimpleNamespace(held=held, mix=np.array([1.9]))] * 3
+    familiar: Any = [SimpleNamespace(mixture=np.array([1.8]))]
+    alone = band._novelty(bands, tmp_path, [])
+    assert (alone.value, alone.met, alone.ceiling) == (pytest.approx(0.95), False, {})
+    beside = band._novelty(bands, tmp_path, familiar)
+    assert beside.ceiling == {"the same songs in the sounds of training": pytest.approx(0.9)}
+    assert (beside.value, beside.met) == (alone.value, False)
+    assert band._novelty(bands, None, []).value is None
+
+
 def test_missing_programs_are_named_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows.shutil, "which", lambda name: None)
     with pytest.raises(BacklineError, match="MMA is missing: install Debian's mma"):
         windows.check_programs()
 
 
-@pytest.mark.parametrize("options", [["--only", "drums"], ["--windows", "1"], ["--data", "/nowhere"]])
+@pytest.mark.parametrize(
+    "options", [["--only", "drums"], ["--windows", "1"], ["--data", "/nowhere"], ["--samples", "/nowhere"]]
+)
 def test_requests_that_make_no_sense_are_refused(options: list[str], tmp_path: Path) -> None:
     asked = CliRunner().invoke(app, ["quality", "--out", str(tmp_path), *options])
     assert isinstance(asked.exception, UsageError)

@@ -25,7 +25,7 @@ from engine.tasks import generate
 from training.bands import Song
 from training.dataset import load_songs
 from training.evaluate import FILL_SECONDS, nearest, training_bank
-from training.held_out import RATE
+from training.held_out import RATE, Window
 from training.metrics import Array
 from training.stems import STEMS
 
@@ -51,15 +51,20 @@ class Band:
         return self.held.window.song
 
 
-def measure(model: Model, held: list[Held], data: Path | None, tick: Tick) -> list[Figure]:
-    """Tempo, beats, bass and chords as told; Frechet distance and novelty of the sound."""
+def measure(
+    model: Model, held: list[Held], data: Path | None, tick: Tick, familiar: Sequence[Window] = ()
+) -> list[Figure]:
+    """Tempo, beats, bass and chords as told; Frechet distance and novelty of the sound.
+
+    familiar: the held-out songs in the sounds of training, what novelty is read against.
+    """
     bands = []
     for number, one in enumerate(held):
         tick(number / len(held) * 0.9)
         bands.append(_band(model, one))
     figures = [_tempo(bands), _beats(bands), *_bass(bands), _chords(model, bands)]
     tick(0.95)
-    return [*figures, *_frechet(model, bands), _novelty(bands, data)]
+    return [*figures, *_frechet(model, bands), _novelty(bands, data, familiar)]
 
 
 def told(model: Model, song: Song) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def _embedded(model: Model, signals: Sequence[Array]) -> NDArray[np.float64]:
     return np.concatenate([row for row in rows if row is not None]).astype(np.float64)
 
 
-def _novelty(bands: list[Band], data: Path | None) -> Figure:
+def _novelty(bands: list[Band], data: Path | None, familiar: Sequence[Window]) -> Figure:
     name = "nearest training window is no nearer than held-out songs', ratio"
     if data is None:
         return missing(PART, name, "no --data DIR was given (training.render)", bar=1.0)
@@ -241,4 +246,8 @@ def _novelty(bands: list[Band], data: Path | None) -> Figure:
 
     everyone = np.arange(len(bands))
     note = f"medians {np.median(made):.3f} and {np.median(held):.3f}, of {BANK} training windows"
-    return Figure(PART, name, ratio(everyone), bootstrap(ratio, len(bands)), len(bands), bar=1.0, note=note)
+    about: dict[str, Any] = {"bar": 1.0, "note": note}
+    if familiar:
+        near = np.median(nearest(known, [window.mixture for window in familiar]))
+        about["ceiling"] = {"the same songs in the sounds of training": float(near / np.median(held))}
+    return Figure(PART, name, ratio(everyone), bootstrap(ratio, len(bands)), len(bands), **about)

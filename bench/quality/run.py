@@ -17,9 +17,10 @@ import torch
 from bench.machine import describe_machine
 from bench.quality import band, cost, playing, sound, splitting
 from bench.quality.figures import Figure, Tick
-from bench.quality.windows import Held, check_programs, default_grooves, render
+from bench.quality.windows import Held, check_programs, default_grooves, render, render_familiar
 from engine.errors import UsageError
 from engine.model import Model
+from training.held_out import Window
 
 PARTS = {
     "split": 0.2,
@@ -44,6 +45,7 @@ class Options:
     grooves: Path | None = None  # cache of the groove probe
     classifier: Path | None = None  # folder of training.train_classifier
     data: Path | None = None  # folder with train/ of training.render
+    samples: Path | None = None  # folder of the sounds of training
     htdemucs: Path | None = None  # htdemucs.onnx
 
 
@@ -94,7 +96,11 @@ def _measured(part: str, model: Model, held: list[Held], options: Options, tick:
     if part == "fill":
         return playing.measure(model, windows, options.classifier, tick)
     if part == "generate":
-        return band.measure(model, held, options.data, tick)
+        familiar: list[Window] = []
+        if options.data is not None and options.samples is not None:
+            grooves = options.grooves or default_grooves()
+            familiar = render_familiar(options.windows, grooves, options.samples)
+        return band.measure(model, held, options.data, tick, familiar)
     if part == "sound":
         return sound.measure(model, windows, tick)
     tick(0.0)
@@ -107,7 +113,7 @@ def _check(options: Options) -> None:
             raise UsageError(f"There is no part {part!r}: choose of {', '.join(PARTS)}.")
     if not FEWEST <= options.windows <= MOST:
         raise UsageError(f"The number of windows must be {FEWEST} to {MOST}, not {options.windows}.")
-    for name in ("classifier", "data", "htdemucs"):
+    for name in ("classifier", "data", "samples", "htdemucs"):
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise UsageError(f"There is no {path} for --{name}.")
@@ -119,7 +125,7 @@ def _tick(report: Say, part: str, start: float) -> Tick:
 
 def _fingerprint(model: Model, options: Options) -> str:
     """Of all that decides the figures: a part that was measured otherwise is not gone on from."""
-    paths = [str(path) for path in (options.classifier, options.data, options.htdemucs)]
+    paths = [str(path) for path in (options.classifier, options.data, options.samples, options.htdemucs)]
     told = [model.manifest.model_dump_json(), str(options.windows), *paths]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 

@@ -8,8 +8,9 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
@@ -19,9 +20,10 @@ from engine.model import available_cores
 from training.bands import split_grooves
 from training.grooves import STDLIB, list_grooves
 from training.held_out import FIRST_SEED, RATE, SECONDS, Window, make_window
-from training.sources import HELD_OUT_FONT, held_out_sources
+from training.sources import HELD_OUT_FONT, Source, held_out_sources, training_sources
 
 TEMPO_SECONDS = 20.0
+Rendered = TypeVar("Rendered")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,25 @@ def render(count: int, grooves: Path, report: Callable[[float], None]) -> list[H
     return made
 
 
+def render_familiar(count: int, grooves: Path, samples: Path) -> list[Window]:
+    """The songs of `render` in the sounds of training. samples: their folder.
+
+    A song is drawn before its sounds, so the notes are the same, unless a stem is silent in these.
+    """
+    seeds = [FIRST_SEED + i for i in range(count)]
+    return list(_in_parallel(partial(_render_familiar, grooves=grooves, samples=samples), seeds))
+
+
+def _render_familiar(seed: int, grooves: Path, samples: Path) -> Window:
+    usable = split_grooves(list_grooves(grooves), held_out=True)
+    return make_window(seed, usable, _familiar_sources(samples))
+
+
+@cache
+def _familiar_sources(samples: Path) -> list[Source]:
+    return training_sources(samples)
+
+
 def _render_one(seed: int, grooves: Path) -> Held:
     usable = split_grooves(list_grooves(grooves), held_out=True)
     whole = make_window(seed, usable, held_out_sources(), TEMPO_SECONDS)
@@ -67,7 +88,7 @@ def _render_one(seed: int, grooves: Path) -> Held:
     return Held(cut, fitted_tempo(whole.mixture))
 
 
-def _in_parallel(work: Callable[[int], Held], seeds: list[int]) -> Iterator[Held]:
+def _in_parallel(work: Callable[[int], Rendered], seeds: list[int]) -> Iterator[Rendered]:
     workers = min(len(seeds), available_cores())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(2, signal.SIG_IGN))
