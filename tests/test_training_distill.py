@@ -107,7 +107,7 @@ def test_the_solver_is_the_engines() -> None:
 def test_fills_are_guided_as_the_engine_does_and_what_is_known_stays(batch: Batch) -> None:
     teacher = random(StemUNet(SIZES))
     x, t = torch.randn(3, S, Z, T, 1), torch.full((3,), 600)
-    found = distill.guided(teacher, batch, ALPHAS)(x, t)
+    found = distill.guided(teacher, weakened(teacher), batch, ALPHAS)(x, t)
     nothing = {k: torch.zeros_like(v) if k != "film" else v for k, v in batch.inputs.items()}
     told = distill.clean_from(teacher, x, t, ALPHAS, batch.inputs).numpy()
     untold = distill.clean_from(weakened(teacher), x, t, ALPHAS, nothing).numpy()
@@ -125,10 +125,12 @@ def test_fills_are_guided_as_the_engine_does_and_what_is_known_stays(batch: Batc
 def test_a_lessons_long_step_arrives_where_the_teacher_does(batch: Batch) -> None:
     teacher = random(StemUNet(SIZES))
     start = torch.tensor([0, 1, STEPS - 1])
-    lesson = make_lesson(teacher, batch, start, ALPHAS)
+    lesson = make_lesson(teacher, weakened(teacher), batch, start, ALPHAS)
     table = make_table(STEPS * SUBSTEPS)
     assert torch.equal(lesson.t, table.timesteps[start * SUBSTEPS])
-    arrived = solve(distill.guided(teacher, batch, ALPHAS), lesson.x, table, start * SUBSTEPS, SUBSTEPS)
+    arrived = solve(
+        distill.guided(teacher, weakened(teacher), batch, ALPHAS), lesson.x, table, start * SUBSTEPS, SUBSTEPS
+    )
     a, s = (distill.wide(x[lesson.t].sqrt()) for x in (ALPHAS, 1 - ALPHAS))
     clean = a * lesson.x - s * lesson.v
     few = make_table(STEPS)
@@ -142,7 +144,7 @@ def test_a_student_that_knows_its_lessons_samples_as_they_say(batch: Batch) -> N
     """Four long steps with the lessons' predictions are the teacher's twelve."""
     teacher = random(StemUNet(SIZES))
     noise = torch.randn(3, S, Z, T, 1)
-    table, predict = make_table(STEPS * SUBSTEPS), distill.guided(teacher, batch, ALPHAS)
+    table, predict = make_table(STEPS * SUBSTEPS), distill.guided(teacher, weakened(teacher), batch, ALPHAS)
     x = noise
     for i in range(STEPS):
         place = torch.full((3,), i * SUBSTEPS)
@@ -163,7 +165,7 @@ def test_a_student_that_knows_its_lessons_samples_as_they_say(batch: Batch) -> N
 def test_only_what_is_new_learns_and_it_learns(batch: Batch) -> None:
     teacher = random(StemUNet(SIZES))
     student = student_of(teacher)
-    lesson = make_lesson(teacher, batch, torch.tensor([0, 1, 2]), ALPHAS)
+    lesson = make_lesson(teacher, weakened(teacher), batch, torch.tensor([0, 1, 2]), ALPHAS)
     optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], 0.02)
     before = distillation_loss(student, lesson, METRIC).item()
     for _ in range(60):
@@ -226,7 +228,8 @@ def test_a_bundle_takes_the_taught_steps_and_keeps_all_else(
 
 def test_neither_what_is_known_nor_the_tones_count(batch: Batch) -> None:
     student = student_of(random(StemUNet(SIZES)))
-    lesson = make_lesson(random(StemUNet(SIZES)), batch, torch.tensor([0, 1, 2]), ALPHAS)
+    teacher = random(StemUNet(SIZES))
+    lesson = make_lesson(teacher, weakened(teacher), batch, torch.tensor([0, 1, 2]), ALPHAS)
     loss = distillation_loss(student, lesson, METRIC)
     for other in (
         replace_v(lesson, (0, slice(1, None))),
@@ -246,7 +249,7 @@ def replace_v(lesson: Lesson, where: tuple) -> Lesson:
 def test_comparing_from_the_same_noise(batch: Batch) -> None:
     teacher = random(StemUNet(SIZES))
     torch.manual_seed(4)
-    found = distill.compare(student_of(teacher).eval(), teacher, batch, ALPHAS)
+    found = distill.compare(student_of(teacher).eval(), teacher, weakened(teacher), batch, ALPHAS)
     assert set(found) == {"apart_distilled", "apart_euler", "apart_plain"}
     assert all(0 < value < 10 for value in found.values())
     assert isinstance(teacher.harmony, nn.Module)

@@ -142,13 +142,12 @@ def keeping(batch: Batch, clean: torch.Tensor) -> torch.Tensor:
     return known * batch.inputs["context"] + (1 - known) * clean
 
 
-def guided(model: StemUNet, batch: Batch, alphas: torch.Tensor, *, weak: StemUNet | None = None) -> Predict:
+def guided(model: StemUNet, weak: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
     """The UNet, its fills guided as `engine.denoisers.guided` against what `weak` makes of nothing heard.
 
-    weak: `export.stem_unet.weakened`, made here if not given. By LISTENING with the whole rescale, but for
+    weak: `export.stem_unet.weakened` of the model. By LISTENING with the whole rescale, but for
     the stems that FIRMER and FREED name. What is known stays; a band from nothing is as the UNet has it.
     """
-    weak = weakened(model) if weak is None else weak
     nothing = {k: torch.zeros_like(v) if k in HEARD else v for k, v in batch.inputs.items()}
     fills = (batch.inputs["context_mask"].amax((1, 2)) + batch.inputs["mixture_mask"].amax(1)) > 0
     scales = torch.tensor([FIRMER.get(stem, LISTENING) for stem in STEMS], device=fills.device)
@@ -198,18 +197,17 @@ class Lesson:
 @torch.no_grad()
 def make_lesson(
     teacher: StemUNet,
+    weak: StemUNet,
     batch: Batch,
     start: torch.Tensor,
     alphas: torch.Tensor,
-    *,
-    weak: StemUNet | None = None,
 ) -> Lesson:
     """What the teacher's SUBSTEPS steps from place `start` (B,) of STEPS come to, as one step."""
     table = make_table(STEPS * SUBSTEPS, batch.latents.device)
     place = (start * SUBSTEPS).to(batch.latents.device)
     a, s = wide(table.alpha[place]), wide(table.noise[place])
     x = a * batch.latents + s * torch.randn_like(batch.latents)
-    arrived = solve(guided(teacher, batch, alphas, weak=weak), x, table, place, SUBSTEPS)
+    arrived = solve(guided(teacher, weak, batch, alphas), x, table, place, SUBSTEPS)
     ratio = wide(table.sigma[place + SUBSTEPS] / table.sigma[place])
     clean = (arrived - ratio * x / a) / (1 - ratio)
     return Lesson(batch, x, table.timesteps[place], (a * x - clean) / s)
@@ -231,14 +229,14 @@ def distillation_loss(student: StemUNet, lesson: Lesson, metric: torch.Tensor) -
 
 
 @torch.no_grad()
-def compare(student: StemUNet, teacher: StemUNet, batch: Batch, alphas: torch.Tensor) -> Logs:
+def compare(student: StemUNet, teacher: StemUNet, weak: StemUNet, batch: Batch, alphas: torch.Tensor) -> Logs:
     """Relative error of the latents made in STEPS steps, to those of SUBSTEPS times as many guided ones of
     the teacher's from the same noise: distilled, and by the teacher's own STEPS."""
     device = batch.latents.device
     fine, few = (make_table(steps, device) for steps in (SUBSTEPS * STEPS, STEPS))
     noise = torch.randn_like(batch.latents)
     here = torch.zeros(len(noise), dtype=torch.int64, device=device)
-    taught = guided(teacher, batch, alphas)
+    taught = guided(teacher, weak, batch, alphas)
 
     best = solve(taught, noise, fine, here, fine.steps)
     plain = solve(taught, noise, few, here, few.steps)
@@ -289,7 +287,7 @@ def main() -> None:
 
     def lesson_of(batch: Batch, rng: np.random.Generator) -> Lesson:
         start = torch.from_numpy(rng.integers(0, STEPS, len(batch.splits)))
-        return make_lesson(teacher, batch.to(args.device), start, alphas, weak=weak)
+        return make_lesson(teacher, weak, batch.to(args.device), start, alphas)
 
     def loss(network: StemUNet, step: int) -> tuple[torch.Tensor, Logs]:
         if step % REPEATS == 0 or not lessons:
@@ -306,7 +304,7 @@ def main() -> None:
                 batch = make_batch(windows, frozen, generator, shares=SHARES)
                 error = distillation_loss(network, lesson_of(batch, generator), metric)
                 rows.append({"mse": error.item()})
-            rows.append(compare(network, teacher, batch.to(args.device), alphas))
+            rows.append(compare(network, teacher, weak, batch.to(args.device), alphas))
         return means(rows)
 
     sizes: StemUNetConfig = student.config
