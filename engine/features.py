@@ -89,7 +89,7 @@ def mel_edges(mel: Mel) -> NDArray[np.float64]:
 def mel_filterbank(mel: Mel) -> FloatArray:
     """(n_fft / 2 + 1, n_mels - low bands) triangles, each of unit area. Read-only."""
     edges = mel_edges(mel)[mel.low.bands if mel.low else 0 :]
-    return _read_only(_triangles(edges, mel.n_fft, mel.sample_rate) * (2 / (edges[2:] - edges[:-2])))
+    return _read_only(triangles(edges, mel.n_fft, mel.sample_rate) * (2 / (edges[2:] - edges[:-2])))
 
 
 @lru_cache(maxsize=8)
@@ -104,7 +104,7 @@ def low_filterbank(mel: Mel) -> FloatArray:
     edges = mel_edges(mel)
     first = edges[mel.low.bands :]
     height = 2 / (first[2] - first[0]) * mel.win_length / mel.low.n_fft
-    return _read_only(_triangles(edges[: mel.low.bands + 2], mel.low.n_fft, mel.sample_rate) * height)
+    return _read_only(triangles(edges[: mel.low.bands + 2], mel.low.n_fft, mel.sample_rate) * height)
 
 
 def mel_magnitude(audio: FloatArray, mel: Mel, *, padded: bool = False) -> FloatArray:
@@ -146,7 +146,7 @@ def _slaney_edges(f_min: float, f_max: float, count: int) -> NDArray[np.float64]
     return mel_to_hz(np.linspace(low, high, count))
 
 
-def _triangles(edges: NDArray[np.float64], n_fft: int, sample_rate: int) -> NDArray[np.float64]:
+def triangles(edges: NDArray[np.float64], n_fft: int, sample_rate: int) -> NDArray[np.float64]:
     """(n_fft / 2 + 1, len(edges) - 2) triangles of height 1."""
     bins = np.fft.rfftfreq(n_fft, 1 / sample_rate)[:, None]
     rising = (bins - edges[:-2]) / np.diff(edges)[:-1]

@@ -16,11 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from engine.features import low_filterbank, mel_filterbank
+from engine.features import low_filterbank, mel_edges, mel_filterbank, triangles
 from engine.manifest import LowBands, Mel
 from export.blocks import overlap_add
+from export.real_fft import Pair, RealFFT
 
-HEADROOM = 1.25  # of half the rate at which low bands are searched for, over their highest frequency
+BEYOND = 3  # bands of the other transform that a search hears past the end of its own
+STEEPNESS = 8.0  # of what is on either side of that end, per bin
+# Of what leaks over it, so much is taken off: a peak that is two decibels too low should leave nothing.
+LEAKING = 1.5
 REACH, KAISER = 10, 7.0  # slow samples on each side that decide what lies between two, and their window
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
 OVERLAP = 4  # windows over each sample
@@ -83,77 +87,14 @@ class GriffinLimConfig:
         )  # fmt: skip
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # real and imaginary parts
-
-
-class RealFFT(nn.Module):
-    """Fourier transform of real frames and back, as two matrix products each (Cooley and Tukey 1965).
-
-    With n = b n1 + n2 and k = k1 + a k2, rows k1 = 0 .. a / 2 hold every bin once (those two rows twice);
-    the other rows are their conjugates. A spectrum is a pair (..., a / 2 + 1, b) of real and imaginary parts.
-    """
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    rows_back: torch.Tensor
-    columns_back: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, n_fft: int) -> None:
-        super().__init__()
-        bits = n_fft.bit_length() - 1
-        if n_fft < 4 or n_fft != 1 << bits:
-            raise ValueError(f"n_fft must be a power of two from 4 on, not {n_fft}")
-        self.n_fft, self.a = n_fft, 1 << (bits // 2)
-        self.b = n_fft // self.a
-        rows = torch.arange(self.a // 2 + 1, dtype=torch.float64)
-        n1, n2 = (torch.arange(n, dtype=torch.float64) for n in (self.a, self.b))
-        first = 2 * math.pi * torch.outer(rows, n1) / self.a
-        second = 2 * math.pi * torch.outer(n2, n2) / self.b
-        twiddle = 2 * math.pi * torch.outer(rows, n2) / n_fft
-        cos, sin = second.cos(), second.sin()
-        weight = torch.full((len(rows), 1), 2.0, dtype=torch.float64)
-        weight[0], weight[-1] = 1, 1  # these rows hold their own conjugates
-        tables = {
-            "rows": torch.cat([first.cos(), -first.sin()]),
-            "columns": torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]),
-            "cos": twiddle.cos(),
-            "sin": twiddle.sin(),
-            "rows_back": torch.cat([first.cos() * weight, -first.sin() * weight]).T / n_fft,
-            "columns_back": torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.float().contiguous())
-
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a / 2 + 1, b) bin of 0 .. n_fft / 2 at each place, and whether its conjugate is there."""
-        k = torch.arange(self.a // 2 + 1)[:, None] + self.a * torch.arange(self.b)
-        return torch.minimum(k, self.n_fft - k), k > self.n_fft // 2
-
-    def forward(self, frames: torch.Tensor) -> Pair:
-        """(..., n_fft) -> the spectrum."""
-        shape = frames.shape[:-1]
-        partial = self.rows @ frames.reshape(*shape, self.a, self.b)
-        half = self.a // 2 + 1
-        re, im = partial[..., :half, :], partial[..., half:, :]
-        turned = torch.cat([re * self.cos + im * self.sin, im * self.cos - re * self.sin], -1)
-        spectrum = turned @ self.columns
-        return spectrum[..., : self.b], spectrum[..., self.b :]
-
-    def inverse(self, re: torch.Tensor, im: torch.Tensor) -> torch.Tensor:
-        """The spectrum -> (..., n_fft)."""
-        partial = torch.cat([re, im], -1) @ self.columns_back
-        re, im = partial[..., : self.b], partial[..., self.b :]
-        turned = torch.cat([re * self.cos - im * self.sin, im * self.cos + re * self.sin], -2)
-        return (self.rows_back @ turned).reshape(*re.shape[:-2], self.n_fft)
-
-
 class GriffinLim(nn.Module):
     """mel (N, mels, frames), natural log -> audio (N, 1, frames x hop).
 
     Low bands are searched for on their own, in every few frames and at a fraction of the rate, and the two
-    signals added: neither writes anything on the other's side of low_f_max.
+    signals added. Where the bands of one transform end nothing says on which side of their end a partial is,
+    and it would be written on the wrong one, a semitone off. So either search has bands of the other's: the
+    low one the next above, and what it finds there is not written but heard in the frames of the other, as
+    bands below. What the low one does write is taken off the other's bands, into which it leaks.
     """
 
     kernel: torch.Tensor
@@ -166,33 +107,78 @@ class GriffinLim(nn.Module):
         if c.low_n_fft and (c.low_n_fft <= c.n_fft or c.low_n_fft % c.n_fft):
             raise ValueError(f"low_n_fft must be a larger multiple of n_fft, not {c.low_n_fft} of {c.n_fft}")
         mel = c.geometry
-        above = np.fft.rfftfreq(c.n_fft, 1 / c.sample_rate) >= c.low_f_max
-        self.search = Search(c, mel_filterbank(mel) * above[:, None])
+        self.search = Search(c, np.concatenate([_bands_below(mel), mel_filterbank(mel)], 1))
         if c.low_n_fft:
-            self.rate = _times_slower(c)
-            below = np.fft.rfftfreq(c.low_n_fft, 1 / c.sample_rate) < c.low_f_max
-            filters = (low_filterbank(mel) * below[:, None])[: c.low_n_fft // self.rate // 2 + 1]
+            self.rate = _times_slower(mel)
+            filters = np.concatenate([low_filterbank(mel), _bands_above(mel)], 1)
+            filters = filters[: c.low_n_fft // self.rate // 2 + 1]
             # a window of so many fewer samples has magnitudes so much smaller
             self.low = Search(c, filters * np.float32(self.rate))
+            self.crossing = c.low_f_max * c.low_n_fft / c.sample_rate  # bins
             self.register_buffer("kernel", _between_samples(self.rate))
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         c = self.config
-        audio = self.search(mel[:, c.low_bands :])
+        wanted = self.search.wanted(mel[:, c.low_bands :])
         if not c.low_n_fft:
-            return audio
-        every = c.low_n_fft // c.n_fft
-        low = torch.cat([mel[:, : c.low_bands], *[mel[:, : c.low_bands, -1:]] * (every - 1)], -1)
-        slow = nn.functional.pad(self.low(low[..., ::every])[:, 0], (REACH - 1, REACH))
+            return self.search.cut(self.search.audio(wanted), mel.shape[-1])
+        below, above = self._low(mel)
+        written = self.search.bands_of(below)[..., BEYOND:]
+        wanted = (wanted.square() - (LEAKING * written).square()).clamp_min(0).sqrt()
+        wanted = torch.cat([self.search.bands_of(above)[..., :BEYOND], wanted], -1)
+        return self.search.cut(below + self.search.audio(wanted), mel.shape[-1])
+
+    def _low(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the low bands and those above tell of below low_f_max and of above, as `search.audio`s."""
+        c, every = self.config, self.config.low_n_fft // self.config.n_fft
+        heard = mel[:, : c.low_bands + BEYOND]
+        heard = torch.cat([heard, *[heard[..., -1:]] * (every - 1)], -1)[..., ::every]
+        wanted = self.low.wanted(heard)
+        magnitude = self.low.magnitude(wanted)
+        peaks = peaks_around(magnitude[..., self.low.natural])
+        share = torch.sigmoid(STEEPNESS * (self.crossing - peaks))[..., self.low.order]
+        parts = torch.cat([magnitude * share, magnitude * (1 - share)])
+        fitting = wanted / (magnitude @ self.low.table + 1e-8)
+        slow = self.low.audio((parts @ self.low.table) * torch.cat([fitting] * 2), parts)
+        audio = self._at_full_rate(slow, mel.shape[-1])
+        sides = audio.reshape(2, -1, audio.shape[-1])
+        return sides[0], sides[1]
+
+    def _at_full_rate(self, slow: torch.Tensor, frames: int) -> torch.Tensor:
+        """`Search.audio` of the low search (N, samples) as that of the other, which begins later."""
+        start = self.low.lead - self.search.lead // self.rate
+        slow = nn.functional.pad(slow, (REACH - 1, REACH))[:, start:]
         count = slow.shape[-1] - 2 * REACH + 1
-        around = torch.stack([slow[:, i : i + count] for i in range(2 * REACH)], -1)
-        return audio + (around @ self.kernel).flatten(1)[:, None, : audio.shape[-1]]
+        around = torch.stack([slow[..., i : i + count] for i in range(2 * REACH)], -1)
+        size = (frames + 2 * EDGE + OVERLAP - 1) * self.config.hop
+        return (around @ self.kernel).flatten(1)[:, :size]
 
 
-def _times_slower(config: GriffinLimConfig) -> int:
-    """By how much the low bands' rate is lower: a power of two that leaves HEADROOM over low_f_max."""
+def _bands_below(mel: Mel) -> NDArray[np.float32]:
+    """(n_fft / 2 + 1, BEYOND) triangles before those of `mel_filterbank`, as wide as its first; none without
+    low bands."""
+    if mel.low is None:
+        return np.zeros((mel.n_fft // 2 + 1, 0), np.float32)
+    first, second = mel_edges(mel)[mel.low.bands :][:2]
+    edges = first + (second - first) * np.arange(-BEYOND, 2)
+    return (triangles(edges, mel.n_fft, mel.sample_rate) / (second - first)).astype(np.float32)
+
+
+def _bands_above(mel: Mel) -> NDArray[np.float32]:
+    """(low.n_fft / 2 + 1, BEYOND) triangles: the first of `mel_filterbank` in the low transform's bins, in
+    which a sine is as much larger as that is longer."""
+    assert mel.low is not None
+    edges = mel_edges(mel)[mel.low.bands :][: BEYOND + 2]
+    height = 2 / (edges[2:] - edges[:-2]) * mel.win_length / mel.low.n_fft
+    return (triangles(edges, mel.low.n_fft, mel.sample_rate) * height).astype(np.float32)
+
+
+def _times_slower(mel: Mel) -> int:
+    """By how much the low bands' rate is lower: a power of two that leaves room for those above."""
+    assert mel.low is not None
+    highest = mel_edges(mel)[mel.low.bands :][: BEYOND + 2][-1]
     rate = 1
-    while config.sample_rate / (4 * rate) >= HEADROOM * config.low_f_max:
+    while mel.sample_rate / (4 * rate) >= highest:
         rate *= 2
     return rate
 
@@ -209,7 +195,7 @@ def _between_samples(rate: int) -> torch.Tensor:
 
 
 class Search(nn.Module):
-    """The bands of one transform: mel (N, bands, frames), natural log -> audio (N, 1, frames x n_fft / 4).
+    """The bands of one transform as magnitudes (N, F, bands) -> audio of F frames, (N, (F + 3) n_fft / 4).
 
     Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013, algorithm 1) from `first_phases`. Its last steps
     aim at the magnitudes found, made to fit the mel (as Masuyama, Ueno and Ono, arXiv:2307.12232, do): those
@@ -244,17 +230,38 @@ class Search(nn.Module):
         for name, values in tables.items():
             self.register_buffer(name, values)
 
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        c = self.config
+    @property
+    def lead(self) -> int:
+        """Samples of `audio` before those of the mel's first frame.
+
+        Padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 + EDGE.
+        """
+        return (EDGE + OVERLAP // 2) * self.hop
+
+    def cut(self, audio: torch.Tensor, frames: int) -> torch.Tensor:
+        """`audio` without its ends: (N, 1, frames x hop)."""
+        return audio[:, None, self.lead : self.lead + frames * self.hop]
+
+    def wanted(self, mel: torch.Tensor) -> torch.Tensor:
+        """(N, bands, frames), natural log -> magnitudes (N, F, bands), EDGE more frames on either side."""
         padded = torch.cat([*[mel[..., :1]] * EDGE, mel, *[mel[..., -1:]] * EDGE], -1)
         heard = padded.clamp(max=LOUDEST).exp().transpose(1, 2)
-        wanted = (heard.square() - (BELOW * c.floor) ** 2).clamp_min(0).sqrt()
-        solved = magnitude = self._magnitude(wanted)
+        return (heard.square() - (BELOW * self.config.floor) ** 2).clamp_min(0).sqrt()
+
+    def bands_of(self, audio: torch.Tensor) -> torch.Tensor:
+        """The bands of what `audio` returned, (N, F, bands)."""
+        re, im = self._spectrum(audio)
+        return (re * re + im * im).sqrt() @ self.table
+
+    def audio(self, wanted: torch.Tensor, solved: torch.Tensor | None = None) -> torch.Tensor:
+        """The signal of these bands. solved: magnitudes of the places that have them, if they are known."""
+        c = self.config
+        solved = magnitude = self.magnitude(wanted) if solved is None else solved
         phase = first_phases(magnitude[..., self.natural], 1 / OVERLAP)[..., self.order] * self.turn
         audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
         before: Pair | None = None
         for step in range(c.phase_steps):
-            found = self._spectrum(audio, wanted.shape[1])
+            found = self._spectrum(audio)
             last = step >= c.phase_steps - FITTED
             magnitude = self._fitted(found, wanted) if last else solved
             soft = LAST_SOFT if last else SOFT
@@ -262,11 +269,9 @@ class Search(nn.Module):
             before = found
             scale = magnitude * torch.rsqrt(re * re + im * im + soft * magnitude * magnitude + 1e-16)
             audio = self._audio(re * scale, im * scale)
-        # padded frame i is centred on quarter i + 2, so mel frame 0 is on quarter 2 EDGE
-        start = (EDGE + OVERLAP // 2) * self.hop
-        return audio[:, None, start : start + mel.shape[-1] * self.hop]
+        return audio
 
-    def _magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
+    def magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
         """(N, F, bands) -> (N, F, places), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
         back = wanted @ self.table.T
         magnitude = back * self.share
@@ -287,9 +292,10 @@ class Search(nn.Module):
         """(N, F, bands) -> (N, F, places), at each bin the mean of the bands it is in, by their filters."""
         return (bands @ self.table.T) * self.share
 
-    def _spectrum(self, audio: torch.Tensor, count: int) -> Pair:
+    def _spectrum(self, audio: torch.Tensor) -> Pair:
         """(N, (F + 3) hop) -> the spectrum of F frames, (N, F, places)."""
-        quarters = audio.reshape(audio.shape[0], count + OVERLAP - 1, self.hop)
+        quarters = audio.reshape(audio.shape[0], -1, self.hop)
+        count = quarters.shape[1] - OVERLAP + 1
         frames = torch.cat([quarters[:, q : q + count] for q in range(OVERLAP)], -1)
         re, im = self.fft.forward(frames * self.window)
         return re.flatten(2), im.flatten(2)
@@ -302,13 +308,12 @@ class Search(nn.Module):
         return overlap_add(frames * (self.window / 1.5)).flatten(1)
 
 
-def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
-    """(N, F, bins) -> phases in turns, after single pass spectrogram inversion (Beauregard and others 2015).
+def peaks_around(magnitude: torch.Tensor) -> torch.Tensor:
+    """(N, F, bins) -> the frequency, in bins, of the peak that each bin belongs to.
 
-    Every peak is a sinusoid whose frequency a parabola through three log magnitudes gives; the bins within
-    two of it turn with it, with alternating signs. Instead of picking peaks, each bin takes the frequencies
-    around it weighed by a high power of their magnitudes: no rounding error can turn that over.
-    advance: hop / n_fft.
+    A parabola through three log magnitudes gives it for the bin itself. Instead of picking peaks, each takes
+    the frequencies within two of it weighed by a high power of their magnitudes: no rounding error can turn
+    that over.
     """
     pad = nn.functional.pad
     level = pad((magnitude + 1e-7).log(), (2, 2), value=-16.0)
@@ -323,9 +328,18 @@ def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
     total = weights[0] * frequency[..., :count]
     for k in range(1, 5):
         total = total + weights[k] * frequency[..., k : k + count]
-    turning = total / (weights[0] + weights[1] + weights[2] + weights[3] + weights[4])
+    return total / (weights[0] + weights[1] + weights[2] + weights[3] + weights[4])
+
+
+def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
+    """(N, F, bins) -> phases in turns, after single pass spectrogram inversion (Beauregard and others 2015).
+
+    Every peak is a sinusoid, and the bins around it turn with it, with alternating signs.
+    advance: hop / n_fft.
+    """
+    number = torch.arange(magnitude.shape[-1], device=magnitude.device, dtype=torch.float32)
     # in turns, and whole ones left out, so that long sounds lose no precision
-    step = turning * advance
+    step = peaks_around(magnitude) * advance
     return torch.cumsum(step - step.floor(), 1) + 0.5 * (number % 2)
 
 

@@ -14,11 +14,12 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from bench.quality import band, examples, pitch, report, rhythm, run, windows
+from bench.quality import articulation, band, examples, pitch, report, rhythm, run, windows
 from bench.quality.figures import Figure, missing, of_means
 from bridge.bench_commands import app
 from engine.conditions import parse_chords
 from engine.errors import BacklineError, UsageError
+from training import metrics
 from training.bands import Song
 from training.charts import timeline
 
@@ -62,6 +63,34 @@ def test_a_bass_note_is_heard_even_without_its_fundamental(midi: int) -> None:
     whole = sum(np.sin(2 * np.pi * hz * k * t) / k for k in range(1, 6))
     assert pitch.pitch_class(0.1 * whole, 0.2, 0.35) == midi % 12
     assert pitch.pitch_class(0.1 * (whole - np.sin(2 * np.pi * hz * t)), 0.2, 0.35) == midi % 12
+
+
+def held_tone(hz: float, seconds: float = 1.8) -> np.ndarray:
+    t = np.arange(round(seconds * RATE)) / RATE
+    return sum((np.sin(2 * np.pi * hz * k * t) / k for k in range(1, 6)), np.zeros(len(t)))
+
+
+def test_what_lies_between_the_partials_of_a_note_is_found() -> None:
+    true = held_tone(220)
+    assert articulation.between_partials(true, true) < -60
+    hum = 0.1 * np.sin(2 * np.pi * 273 * np.arange(len(true)) / RATE)
+    share = 10 * np.log10(np.mean(hum**2) / np.mean((true + hum) ** 2))
+    assert articulation.between_partials(true + hum, true) == pytest.approx(share, abs=0.3)
+    assert articulation.between_partials(held_tone(220 * 2 ** (1 / 12)), true) > -8
+    assert articulation.between_partials(held_tone(221), true) < -40, "some cents are no hum"
+
+
+def test_blurred_attacks_are_less_steep() -> None:
+    true = clicks(120, 6)
+    times = metrics.onset_times(true)
+    assert len(times) > 8
+    slow = np.convolve(true, np.ones(1600) / 1600, "same")
+    steep = [articulation.steepness(x, times) for x in (true, slow)]
+    assert steep[0] > 1.5 * steep[1]
+    figure = articulation.attacks({"both": [true, slow], "vocoder": [true, true]}, [true, true])
+    assert figure.value == pytest.approx((1 + steep[1] / steep[0]) / 2)
+    assert figure.ceiling == {"vocoder alone": pytest.approx(1.0)}
+    assert figure.floor["blurred over 50 ms"] < 0.8
 
 
 def test_silence_has_no_pitch() -> None:
