@@ -22,7 +22,7 @@ from export.blocks import overlap_add
 from export.real_fft import Pair, RealFFT
 
 BEYOND = 3  # bands of the other transform that a search hears past the end of its own
-STEEPNESS = 8.0  # of what is on either side of that end, per bin
+STEEPNESS = 3.0  # of what is on either side of that end, per bin; rounding errors grow with it
 # Of what leaks over it, so much is taken off: a peak that is two decibels too low should leave nothing.
 LEAKING = 1.5
 REACH, KAISER = 10, 7.0  # slow samples on each side that decide what lies between two, and their window
@@ -124,7 +124,7 @@ class GriffinLim(nn.Module):
             return self.search.cut(self.search.audio(wanted), mel.shape[-1])
         below, above = self._low(mel)
         written = self.search.bands_of(below)[..., BEYOND:]
-        wanted = (wanted.square() - (LEAKING * written).square()).clamp_min(0).sqrt()
+        wanted = (wanted - (LEAKING * written).square() / (wanted + 1e-8)).clamp_min(0)
         wanted = torch.cat([self.search.bands_of(above)[..., :BEYOND], wanted], -1)
         return self.search.cut(below + self.search.audio(wanted), mel.shape[-1])
 
@@ -136,8 +136,8 @@ class GriffinLim(nn.Module):
         wanted = self.low.wanted(heard)
         magnitude = self.low.magnitude(wanted)
         peaks = peaks_around(magnitude[..., self.low.natural])
-        share = torch.sigmoid(STEEPNESS * (self.crossing - peaks))[..., self.low.order]
-        parts = torch.cat([magnitude * share, magnitude * (1 - share)])
+        past = (STEEPNESS * (peaks - self.crossing))[..., self.low.order]
+        parts = torch.cat([magnitude * torch.sigmoid(-past), magnitude * torch.sigmoid(past)])
         fitting = wanted / (magnitude @ self.low.table + 1e-8)
         slow = self.low.audio((parts @ self.low.table) * torch.cat([fitting] * 2), parts)
         audio = self._at_full_rate(slow, mel.shape[-1])
