@@ -12,13 +12,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.bundle import Bundle
 from engine.errors import BacklineError
-from engine.manifest import GRAPHS, Manifest
+from engine.features import log_mel
+from engine.manifest import GRAPHS, Manifest, Mel
 from export.onnx_writer import OPSET, Input, Precision, Shape, write_graph
 
 MANIFEST = "manifest.json"
@@ -157,7 +161,7 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
     if graph == "vae_decoder":
         return [Input("latents", ("batch", z, "time", f))]
     if graph == "vocoder":
-        return [Input("mel", ("batch", mels, "frames"))]
+        return [Input("mel", ("batch", mels, "frames"), feed=partial(mel_of_noise, manifest.mel))]
     if graph == "separator" and manifest.separator is not None:
         return [Input("mixture", ("batch", "frames", manifest.separator.bins), "magnitude")]
     if graph == "clap_text":
@@ -169,6 +173,14 @@ def graph_inputs(manifest: Manifest, graph: str) -> list[Input]:
     if manifest.clap is not None and manifest.clap.audio_input == "audio":
         return [Input("audio", ("batch", manifest.clap.samples or 0))]
     return [Input("mel", ("batch", 1, "frames", mels))]
+
+
+def mel_of_noise(mel: Mel, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Log mels (batch, mels, frames) of white noise: a search for phases has none to find where frames that
+    overlap have nothing to do with each other."""
+    batch, _, frames = shape
+    noise = 0.1 * rng.standard_normal((batch, frames * mel.hop), dtype=np.float32)
+    return np.ascontiguousarray(log_mel(noise, mel).transpose(0, 2, 1))
 
 
 def graph_outputs(manifest: Manifest, graph: str) -> dict[str, Shape]:

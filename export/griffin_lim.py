@@ -8,7 +8,6 @@ end both together, in real arithmetic and matrix products only, so that every pr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import nn
 from engine.features import low_filterbank, mel_edges, mel_filterbank, triangles
 from engine.manifest import LowBands, Mel
 from export.blocks import overlap_add
+from export.first_phases import first_phases, peaks_around
 from export.real_fft import Pair, RealFFT
 
 BEYOND = 3  # bands of the other transform that a search hears past the end of its own
@@ -28,8 +28,6 @@ LEAKING = 1.5
 REACH, KAISER = 10, 7.0  # slow samples on each side that decide what lies between two, and their window
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows
 OVERLAP = 4  # windows over each sample
-FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
-SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs to
 # A bin where the frames cancel has no phase of its own: taken at its full magnitude, rounding errors would be
 # heard. Gains end at 1 / sqrt(SOFT); the last steps, which set the levels, go further.
 SOFT, LAST_SOFT = 0.1, 0.01
@@ -135,7 +133,8 @@ class GriffinLim(nn.Module):
         heard = torch.cat([heard, *[heard[..., -1:]] * (every - 1)], -1)[..., ::every]
         wanted = self.low.wanted(heard)
         magnitude = self.low.magnitude(wanted)
-        peaks = peaks_around(magnitude[..., self.low.natural])
+        natural = magnitude[..., self.low.natural]
+        peaks = torch.arange(natural.shape[-1], device=mel.device) + peaks_around(natural)
         past = (STEEPNESS * (peaks - self.crossing))[..., self.low.order]
         parts = torch.cat([magnitude * torch.sigmoid(-past), magnitude * torch.sigmoid(past)])
         fitting = wanted / (magnitude @ self.low.table + 1e-8)
@@ -207,7 +206,7 @@ class Search(nn.Module):
     table: torch.Tensor
     share: torch.Tensor
     order: torch.Tensor
-    turn: torch.Tensor
+    side: torch.Tensor
     window: torch.Tensor
 
     def __init__(self, config: GriffinLimConfig, filters: NDArray[np.float32]) -> None:
@@ -222,7 +221,7 @@ class Search(nn.Module):
         tables = {
             "order": bins,
             "natural": natural,
-            "turn": torch.where(mirrored, -2 * math.pi, 2 * math.pi),
+            "side": torch.where(mirrored, -1.0, 1.0),
             "table": table,
             "share": torch.where(total > 0, 1 / total, 0),
             "window": torch.hann_window(n_fft),
@@ -257,8 +256,8 @@ class Search(nn.Module):
         """The signal of these bands. solved: magnitudes of the places that have them, if they are known."""
         c = self.config
         solved = magnitude = self.magnitude(wanted) if solved is None else solved
-        phase = first_phases(magnitude[..., self.natural], 1 / OVERLAP)[..., self.order] * self.turn
-        audio = self._audio(magnitude * phase.cos(), magnitude * phase.sin())
+        cos, sin = (part[..., self.order] for part in first_phases(magnitude[..., self.natural]))
+        audio = self._audio(magnitude * cos, magnitude * sin * self.side)
         before: Pair | None = None
         for step in range(c.phase_steps):
             found = self._spectrum(audio)
@@ -306,41 +305,6 @@ class Search(nn.Module):
         shape = (*re.shape[:2], self.fft.a // 2 + 1, self.fft.b)
         frames = self.fft.inverse(re.reshape(shape), im.reshape(shape))
         return overlap_add(frames * (self.window / 1.5)).flatten(1)
-
-
-def peaks_around(magnitude: torch.Tensor) -> torch.Tensor:
-    """(N, F, bins) -> the frequency, in bins, of the peak that each bin belongs to.
-
-    A parabola through three log magnitudes gives it for the bin itself. Instead of picking peaks, each takes
-    the frequencies within two of it weighed by a high power of their magnitudes: no rounding error can turn
-    that over.
-    """
-    pad = nn.functional.pad
-    level = pad((magnitude + 1e-7).log(), (2, 2), value=-16.0)
-    count = magnitude.shape[-1]
-    low, middle, high = level[..., 1 : count + 1], level[..., 2 : count + 2], level[..., 3 : count + 3]
-    number = torch.arange(count, device=magnitude.device, dtype=torch.float32)
-    off = 0.5 * (high - low) / (2 * middle - low - high).clamp_min(FLATTEST)
-    frequency = pad(number + off.clamp(-0.5, 0.5), (2, 2))
-    around = [level[..., k : k + count] for k in range(5)]
-    loudest = torch.stack(around).amax(0)
-    weights = [(SHARPNESS * (a - loudest)).exp() for a in around]
-    total = weights[0] * frequency[..., :count]
-    for k in range(1, 5):
-        total = total + weights[k] * frequency[..., k : k + count]
-    return total / (weights[0] + weights[1] + weights[2] + weights[3] + weights[4])
-
-
-def first_phases(magnitude: torch.Tensor, advance: float) -> torch.Tensor:
-    """(N, F, bins) -> phases in turns, after single pass spectrogram inversion (Beauregard and others 2015).
-
-    Every peak is a sinusoid, and the bins around it turn with it, with alternating signs.
-    advance: hop / n_fft.
-    """
-    number = torch.arange(magnitude.shape[-1], device=magnitude.device, dtype=torch.float32)
-    # in turns, and whole ones left out, so that long sounds lose no precision
-    step = peaks_around(magnitude) * advance
-    return torch.cumsum(step - step.floor(), 1) + 0.5 * (number % 2)
 
 
 def _ahead(found: Pair, before: Pair, momentum: float) -> Pair:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -35,6 +35,7 @@ HALF_COMPUTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MultiHeadAttention"
 _EXTERNAL_ALIGNMENT = 4096  # lets onnxruntime map the weights instead of reading them
 
 Shape = tuple[int | str, ...]
+Feed = Callable[[tuple[int, ...], np.random.Generator], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Input:
 
     `high` bounds the random int64 values (0 .. high - 1) that the check feeds, for step numbers and tokens.
     A "mask" (B, L) is int64 too: ones up to each row's length, at least one, then zeros. A "magnitude" is a
-    float32 that is never below zero.
+    float32 that is never below zero. `feed` draws values of a shape where noise could be no such input.
     """
 
     name: str
     shape: Shape
     dtype: Literal["float32", "int64", "mask", "magnitude"] = "float32"
     high: int = 1000
+    feed: Feed | None = None
 
 
 class ExportMismatch(BacklineError):
@@ -157,7 +159,9 @@ def _random_feed(
     feed: dict[str, NDArray[np.generic]] = {}
     for item in inputs:
         shape = _resolve(item.shape, size)
-        if item.dtype == "mask":
+        if item.feed is not None:
+            feed[item.name] = item.feed(shape, rng)
+        elif item.dtype == "mask":
             lengths = rng.integers(1, shape[-1] + 1, shape[:-1])
             feed[item.name] = (np.arange(shape[-1]) < lengths[..., None]).astype(np.int64)
         elif item.dtype == "int64":

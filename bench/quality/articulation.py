@@ -28,8 +28,9 @@ PARTIALS_DB, BESIDE_HZ = (
 LOWEST, HIGHEST = 40.0, 10_000.0  # Hz
 MUCH_DB = -20.0
 GRAIN = 128  # samples, 2.9 ms: of the levels in which an attack is looked for
-RISE, AROUND = 2, 10  # grains in which it rises, and those on either side of the onset that may hold it
-QUIETEST_DB = 30.0  # under the loudest grain
+RISE, AROUND = 3, 8  # grains before and after it, and those on either side of the onset that may hold it
+LEAST_DB = 10.0  # by which an attack rises
+QUIETEST_DB = 40.0  # under the loudest grain
 
 Through = Callable[[Array], dict[str, Array]]  # (samples,) at RATE -> what came back, by what it went through
 
@@ -84,31 +85,46 @@ def between_partials(audio: Array, true: Array) -> float:
 
 
 def attacks(made: dict[str, list[Array]], true: list[Array]) -> Figure:
-    """How steeply the drums of windows rise at the true drums' onsets, as a share of what those do."""
-    onsets = [metrics.onset_times(drums) for drums in true]
+    """By how many dB the drums of windows rise where true ones are struck, as a share of what those do."""
+    signals = made | {"true": true, "blurred": [_blurred(drums) for drums in true]}
+    places = [struck(drums) for drums in true]
     rises = {
-        kind: np.array([steepness(audio, times) for audio, times in zip(signals, onsets, strict=True)])
-        for kind, signals in (made | {"true": true, "blurred": [_blurred(x) for x in true]}).items()
+        kind: np.array([rise(audio, where) for audio, where in zip(found, places, strict=True)])
+        for kind, found in signals.items()
     }
-    shares = {kind: float(rise.mean() / rises["true"].mean()) for kind, rise in rises.items()}
+    shares = {kind: float(np.nanmean(found) / np.nanmean(rises["true"])) for kind, found in rises.items()}
     about: dict[str, Any] = {
         "ceiling": {"vocoder alone": shares["vocoder"]},
         "floor": {"blurred over 50 ms": shares["blurred"]},
-        "note": f"true drums rise by {rises['true'].mean():.1f} dB in {RISE * GRAIN / RATE * 1000:.0f} ms",
+        "note": f"true drums rise by {np.nanmean(rises['true']):.1f} dB from 9 ms before to 9 ms after",
     }
-    return of_means(
-        PART, "steepness of drums' attacks, of the true ones'", rises["both"] / rises["true"], **about
-    )
+    return of_means(PART, "rise of drums' attacks, of the true ones'", rises["both"] / rises["true"], **about)
 
 
-def steepness(audio: Array, onsets: Array) -> float:
-    """Mean over onsets (s) of the most dB by which a signal (samples,) rises within RISE grains near it."""
+def struck(audio: Array) -> Array:
+    """Grains of a signal (samples,) at which an attack begins, each the steepest near an onset."""
+    level = _rises(audio)
+    places = []
+    for onset in metrics.onset_times(audio):
+        near = round(onset * RATE / GRAIN)
+        first = max(0, near - AROUND)
+        places.append(first + int(level[first : near + AROUND + 1].argmax()))
+    return np.array([place for place in places if level[place] > LEAST_DB], int)
+
+
+def rise(audio: Array, places: Array) -> float:
+    """Mean rise (dB) at these grains; NaN where there are none."""
+    return float(_rises(audio)[places].mean()) if len(places) else float("nan")
+
+
+def _rises(audio: Array) -> Array:
+    """(grains,) level in dB of the RISE grains from each on, less that of those before the one before it."""
     grains = audio[: len(audio) // GRAIN * GRAIN].reshape(-1, GRAIN)
     power = (grains.astype(np.float64) ** 2).mean(1)
-    level = 10 * np.log10(np.maximum(power, power.max() * 10 ** (-QUIETEST_DB / 10)))
-    rise = np.pad(level[RISE:] - level[:-RISE], (AROUND, AROUND + RISE))
-    places = np.round(onsets * RATE / GRAIN).astype(int)
-    return float(np.mean([rise[place : place + 2 * AROUND + 1].max() for place in places]))
+    floor = power.max() * 10 ** (-QUIETEST_DB / 10) + 1e-20
+    mean = np.convolve(np.pad(power, (RISE + 1, RISE)), np.ones(RISE) / RISE, "valid")
+    level = 10 * np.log10(np.maximum(mean, floor))
+    return level[RISE + 1 :][: len(power)] - level[: len(power)]
 
 
 def _blurred(audio: Array) -> Array:
