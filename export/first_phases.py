@@ -14,10 +14,8 @@ from torch import nn
 FLATTEST = 0.5  # log magnitudes bend at least so much at a peak
 SHARPNESS = 8.0  # power of the magnitudes that decides which peak a bin belongs to
 QUIETEST = 1e-4  # magnitude under which nothing begins
-STRUCK, SUDDEN = (
-    2.0,
-    3.0,
-)  # rise in log magnitude over two frames that is a stroke as likely as not, and how sure
+STRUCK = 2.0  # rise of a log magnitude over two frames that is a stroke as likely as not
+SUDDEN = 3.0  # how much surer a larger one is
 
 
 def first_phases(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +67,8 @@ def strokes(magnitude: torch.Tensor) -> torch.Tensor:
 
     What happens x frames after the middle of one is under a window of cos(pi x / 4)^2 there, and of the same
     at x + 1 and x - 1 in the one before and the one after: half the logarithm of their ratio is
-    2 artanh(tan(pi x / 4)). Phases fall by x / 4 of a turn from bin to bin then, as they do in phase gradient
-    heap integration (Prusa, Balazs and Sondergaard 2017, equation 14) for other windows.
+    2 artanh(tan(pi x / 4)). Phases fall by x / 4 of a turn from bin to bin then. Phase gradient heap
+    integration (Prusa, Balazs and Sondergaard 2017) reads the same off Gaussian windows.
     """
     before, _, after = _neighbours(magnitude)
     late = 4 / math.pi * torch.atan(torch.tanh((after - before) / 4))

@@ -23,7 +23,7 @@ from export.real_fft import Pair, RealFFT
 
 BEYOND = 3  # bands of the other transform that a search hears past the end of its own
 STEEPNESS = 3.0  # of what is on either side of that end, per bin; rounding errors grow with it
-# Of what leaks over it, so much is taken off: a peak that is two decibels too low should leave nothing.
+# Of what leaks over it, so much is taken off: a peak that is three decibels too low should leave nothing.
 LEAKING = 1.5
 REACH, KAISER = 10, 7.0  # slow samples on each side that decide what lies between two, and their window
 EDGE = 2  # frames repeated at both ends, so that every sample lies under four windows

@@ -21,10 +21,8 @@ EVERY, HELD, FIRST = 2.45, 2.4, 0.1  # s from note to note, that they are held, 
 STEADY = (0.3, 2.1)  # s of a note that are looked at, past the attack
 SECONDS = 10.03
 NOTE_RMS_DB = -26.0
-PARTIALS_DB, BESIDE_HZ = (
-    50.0,
-    15.0,
-)  # a partial is so far under the strongest at most, and so wide to each side
+PARTIALS_DB = 50.0  # under the strongest, at most, a partial is
+BESIDE_HZ = 15.0  # to each side it is wide
 LOWEST, HIGHEST = 40.0, 10_000.0  # Hz
 MUCH_DB = -20.0
 GRAIN = 128  # samples, 2.9 ms: of the levels in which an attack is looked for
