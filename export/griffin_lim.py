@@ -158,7 +158,7 @@ def _bands_below(mel: Mel) -> NDArray[np.float32]:
     low bands."""
     if mel.low is None:
         return np.zeros((mel.n_fft // 2 + 1, 0), np.float32)
-    first, second = mel_edges(mel)[mel.low.bands :][:2]
+    first, second = _edges_above(mel)[:2]
     edges = first + (second - first) * np.arange(-BEYOND, 2)
     return (triangles(edges, mel.n_fft, mel.sample_rate) / (second - first)).astype(np.float32)
 
@@ -167,15 +167,20 @@ def _bands_above(mel: Mel) -> NDArray[np.float32]:
     """(low.n_fft / 2 + 1, BEYOND) triangles: the first of `mel_filterbank` in the low transform's bins, in
     which a sine is as much larger as that is longer."""
     assert mel.low is not None
-    edges = mel_edges(mel)[mel.low.bands :][: BEYOND + 2]
+    edges = _edges_above(mel)
     height = 2 / (edges[2:] - edges[:-2]) * mel.win_length / mel.low.n_fft
     return (triangles(edges, mel.low.n_fft, mel.sample_rate) * height).astype(np.float32)
 
 
+def _edges_above(mel: Mel) -> NDArray[np.float64]:
+    """(BEYOND + 2,) corner frequencies in Hz of the first BEYOND bands above the low ones."""
+    assert mel.low is not None
+    return mel_edges(mel)[mel.low.bands :][: BEYOND + 2]
+
+
 def _times_slower(mel: Mel) -> int:
     """By how much the low bands' rate is lower: a power of two that leaves room for those above."""
-    assert mel.low is not None
-    highest = mel_edges(mel)[mel.low.bands :][: BEYOND + 2][-1]
+    highest = _edges_above(mel)[-1]
     rate = 1
     while mel.sample_rate / (4 * rate) >= highest:
         rate *= 2

@@ -145,8 +145,8 @@ def keeping(batch: Batch, clean: torch.Tensor) -> torch.Tensor:
 def guided(model: StemUNet, weak: StemUNet, batch: Batch, alphas: torch.Tensor) -> Predict:
     """The UNet, its fills guided as `engine.denoisers.guided` against what `weak` makes of nothing heard.
 
-    weak: `export.stem_unet.weakened` of the model. By LISTENING with the whole rescale, but for
-    the stems that FIRMER and FREED name. What is known stays; a band from nothing is as the UNet has it.
+    weak: `export.stem_unet.weakened` of the model. By LISTENING with the whole rescale, but for the stems
+    that FIRMER and FREED name. What is known stays; a band from nothing is as the UNet has it.
     """
     nothing = {k: torch.zeros_like(v) if k in HEARD else v for k, v in batch.inputs.items()}
     fills = (batch.inputs["context_mask"].amax((1, 2)) + batch.inputs["mixture_mask"].amax(1)) > 0

@@ -19,7 +19,7 @@ from engine.errors import BacklineError
 from engine.model import available_cores
 from training.bands import split_grooves
 from training.grooves import STDLIB, list_grooves
-from training.held_out import FIRST_SEED, RATE, SECONDS, Window, make_window
+from training.held_out import FIRST_SEED, RATE, SECONDS, Window, held_out_windows, make_window
 from training.sources import HELD_OUT_FONT, Source, held_out_sources, training_sources
 
 TEMPO_SECONDS = 20.0
@@ -72,8 +72,7 @@ def render_familiar(count: int, grooves: Path, samples: Path) -> list[Window]:
 
 
 def _render_familiar(seed: int, grooves: Path, samples: Path) -> Window:
-    usable = split_grooves(list_grooves(grooves), held_out=True)
-    return make_window(seed, usable, _familiar_sources(samples))
+    return held_out_windows(1, grooves, seed, _familiar_sources(samples))[0]
 
 
 @cache
