@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from engine.bundle import load_bundle
 from engine.samplers import sample_distilled
 from engine.schedule import make_schedule
 from export.patch_vae import PatchVAE, PatchVAEConfig
 from export.stem_unet import StemUNet, StemUNetConfig
 from training import loop
+from training.add_decoder import add_decoder
 from training.distill import STEPS, clean_from, keeping
+from training.from_bundle import read_weights
 from training.loop import write_checkpoint
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
 from training.stems import STEMS
@@ -23,13 +26,20 @@ from training.train_decoder import (
     CROP,
     NOISE,
     ROWS,
+    SLOWED,
     Landing,
+    Pairs,
     Rivals,
+    change_error,
     compare,
+    compare_held,
     critic_error,
     distance,
+    exact,
+    held,
     land,
     level_error,
+    noisy,
     rivals_loss,
     with_decoder,
 )
@@ -107,14 +117,12 @@ def frames(start: int) -> slice:
     return slice(start * LATENT_FRAMES, (start + CROP) * LATENT_FRAMES)
 
 
-def test_what_is_cropped_stays_together_and_was_asked_for(batch: Batch, unet: StemUNet) -> None:
+def test_what_is_cropped_stays_together_and_was_made_as_asked(batch: Batch, unet: StemUNet) -> None:
     whole = land(unet, batch, 3, ALPHAS, scale=1.0)
-    noise = {True: [], False: []}
     for seed in range(10):
         part = whole.crop(np.random.default_rng(seed))
-        assert part.latents.shape[2] == CROP
         rows = []
-        for latents, mel, made in zip(part.latents, part.mels, part.made, strict=True):
+        for latents, mel in zip(part.latents, part.mels, strict=True):
             row, start = next(
                 (row, start)
                 for row in range(2 * S)
@@ -122,24 +130,77 @@ def test_what_is_cropped_stays_together_and_was_asked_for(batch: Batch, unet: St
                 if torch.equal(mel, whole.mels[row][:, frames(start)])
             )
             rows.append(row)
-            assert made == whole.made[row]
-            noise[bool(made)].append((latents - whole.latents[row, :, start : start + CROP]).std().item())
-        assert sorted(rows) == [0, 1, 2, 3, 4, 6, 7], (
-            "not the drums that rest although they were asked to play"
+            assert torch.equal(latents, whole.latents[row, :, start : start + CROP])
+        assert sorted(rows) == [0, 4, 6, 7], "not the drums that rest although they were asked to play"
+    many = Landing(*(torch.cat([x, x]) for x in (whole.latents, whole.mels, whole.made, whole.asked)))
+    many = replace(many, asked=torch.ones_like(many.asked), made=torch.ones_like(many.made))
+    assert len(many.crop(np.random.default_rng(5)).latents) == ROWS
+    assert not len(replace(many, made=~many.made).crop(np.random.default_rng(5)).mels)
+
+
+def test_half_of_what_is_known_gets_noise() -> None:
+    torch.manual_seed(0)
+    known = Pairs(torch.zeros(40, Z, CROP, 1), torch.rand(40, 1, CROP * LATENT_FRAMES, GEOMETRY.n_mels))
+    heard = noisy(known, np.random.default_rng(1))
+    deviations = heard.latents.std((1, 2, 3))
+    assert torch.equal(heard.mels, known.mels)
+    assert 0.2 < (deviations == 0).float().mean() < 0.8
+    assert 0.5 * NOISE < deviations.max() < 1.1 * NOISE
+
+
+def test_held_sounds_are_those_of_pitched_stems_slowed() -> None:
+    frames = CROP * LATENT_FRAMES
+    rising = torch.linspace(-6, 0, frames)[None, None, :, None] + torch.zeros(2, S, 1, GEOMETRY.n_mels)
+    rising[:, STEMS.index("drums")] = 7.0
+    rising[0, STEMS.index("bass")] = FLOOR
+    seen = [held(rising, np.random.default_rng(seed)) for seed in range(20)]
+    sounding = [mels for mels in seen if len(mels)]
+    assert 0 < len(sounding) < len(seen), "what is too quiet is no sound to hold"
+    for mels in sounding:
+        assert mels.shape == (5, 1, frames, GEOMETRY.n_mels), (
+            "the bass that rests and both drums are left out"
         )
-    assert not any(noise[True]) and max(noise[False]) < 1.1 * NOISE
-    assert 0.2 < np.mean(np.array(noise[False]) == 0) < 0.8, "what is known gets noise, but not always"
-    many = replace(whole, asked=torch.ones_like(whole.asked), made=torch.ones_like(whole.made))
-    assert len(many.crop(np.random.default_rng(5)).latents) == 2 * S
-    many = replace(many, made=~many.made)
-    assert len(many.crop(np.random.default_rng(5)).latents) == ROWS[False]
+        steps = mels.diff(dim=2)
+        slow = 6 / (frames - 1) * (frames / SLOWED - 1) / (frames - 1)
+        assert torch.allclose(steps, torch.full_like(steps, slow), atol=1e-5)
 
 
-def learn_to_tell(rivals: Rivals, given: Landing) -> None:
+def test_a_pattern_in_what_is_held_is_an_error_of_its_changes_and_is_reported(rivals: Rivals) -> None:
+    rivals.decoder.linear.weight.data.zero_()
+    pattern = torch.tensor([0.2, -0.2, 0.1, -0.1]).repeat_interleave(GEOMETRY.n_mels) / VAE.scale
+    rivals.decoder.linear.bias.data.fill_(5.0).add_(pattern)
+    latents = torch.randn(2, Z, CROP, 1)
+    drawn = rivals.decoder(latents).detach()
+    flat = drawn.mean(2, keepdim=True).expand_as(drawn)
+    assert change_error(drawn + 1, drawn) < 1e-6
+    assert change_error(drawn, flat).item() == pytest.approx((0.4 + 0.3 + 0.2 + 0.3) / 4, abs=0.01)
+    found = compare_held(rivals.decoder, Pairs(latents, flat - 0.5))
+    assert found["pattern"] == pytest.approx(np.std([0.2, -0.2, 0.1, -0.1]), abs=1e-3)
+    assert found["l1_held"] == pytest.approx(0.5, abs=1e-3)
+
+
+def pairs_of(batch: Batch, unet: StemUNet, start: int) -> dict[str, Pairs]:
+    """Pairs of each kind: those of a landing for what was made, other mels for what is known and held."""
+    torch.manual_seed(5)
+    vae = PatchVAE(VAE)
+    mels = batch.mels[:, :, : CROP * LATENT_FRAMES] + 2  # loud enough to be held
+    return {
+        "made": land(unet, batch, start, ALPHAS, scale=1.0).crop(np.random.default_rng(0)),
+        "known": exact(vae, mels.flatten(0, 1)[:, None]),
+        "held": exact(vae, held(mels, np.random.default_rng(0))),
+    }
+
+
+def distances(rivals: Rivals, given: dict[str, Pairs]) -> torch.Tensor:
+    estimates = {name: rivals.decoder(pairs.latents) for name, pairs in given.items()}
+    return distance(estimates, {name: pairs.mels for name, pairs in given.items()})[0]
+
+
+def learn_to_tell(rivals: Rivals, made: Pairs) -> None:
     optimiser = torch.optim.Adam(rivals.critic.parameters(), lr=5e-3)
-    estimate = rivals.decoder(given.latents).detach()
+    estimate = rivals.decoder(made.latents).detach()
     for _ in range(20):
-        error = critic_error(*(rivals.critic(x[given.made]) for x in (estimate, given.mels)))
+        error = critic_error(*(rivals.critic(x) for x in (estimate, made.mels)))
         optimiser.zero_grad()
         error.backward()
         optimiser.step()
@@ -151,14 +212,15 @@ def test_each_rival_is_moved_by_its_own_error_alone(
 ) -> None:
     # gradients are compared to a thousandth, which bfloat16 does not have
     monkeypatch.setattr(loop, "_bfloat16_is_faster", lambda: False)
-    given = land(unet, batch, 2, ALPHAS, scale=1.0).crop(np.random.default_rng(0))
-    learn_to_tell(rivals, given)
+    given = pairs_of(batch, unet, 2)
+    made = given["made"]
+    learn_to_tell(rivals, made)
     torch.manual_seed(4)
     rivals_loss(rivals, given, "cpu")[0].backward()
     moved = {name: weight.grad.clone() for name, weight in rivals.named_parameters()}
     torch.manual_seed(4)
-    estimate = rivals.decoder(given.latents).detach()
-    judged = (rivals.critic(x[given.made]) for x in (estimate, given.mels))
+    estimate = rivals.decoder(made.latents).detach()
+    judged = (rivals.critic(x) for x in (estimate, made.mels))
     error = critic_error(*judged) * CRITIC_PACE
     for (name, _), wanted in zip(
         rivals.critic.named_parameters(),
@@ -171,8 +233,7 @@ def test_each_rival_is_moved_by_its_own_error_alone(
         torch.nn.init.zeros_(layers[-1].parametrizations.weight.original0)
     rivals.zero_grad()
     rivals_loss(rivals, given, "cpu")[0].backward()
-    estimate = rivals.decoder(given.latents)
-    own = distance(estimate, given)[0]
+    own = distances(rivals, given)
     for (name, weight), wanted in zip(
         rivals.decoder.named_parameters(),
         torch.autograd.grad(own, list(rivals.decoder.parameters())),
@@ -183,7 +244,7 @@ def test_each_rival_is_moved_by_its_own_error_alone(
 
 
 def test_beside_its_critic_the_decoder_nears_the_truth(batch: Batch, unet: StemUNet, rivals: Rivals) -> None:
-    given = land(unet, batch, 3, ALPHAS, scale=1.0).crop(np.random.default_rng(0))
+    given = pairs_of(batch, unet, 3)
     optimiser = torch.optim.Adam(rivals.parameters(), lr=2e-3)
     rows = []
     for _ in range(25):
@@ -192,7 +253,17 @@ def test_beside_its_critic_the_decoder_nears_the_truth(batch: Batch, unet: StemU
         loss.backward()
         optimiser.step()
         rows.append(logs)
-    assert rows[-1]["made"] < 0.9 * rows[0]["made"]
+    for kind in given:
+        assert rows[-1][kind] < 0.9 * rows[0][kind]
+
+
+def test_without_anything_made_or_held_there_is_no_critic(rivals: Rivals) -> None:
+    mels = FLOOR + 6 * torch.rand(2, 1, CROP * LATENT_FRAMES, GEOMETRY.n_mels)
+    known, nothing = Pairs(torch.randn(2, Z, CROP, 1), mels), Pairs(torch.zeros(0, Z, CROP, 1), mels[:0])
+    loss, logs = rivals_loss(rivals, {"made": nothing, "known": known, "held": nothing}, "cpu")
+    loss.backward()
+    assert set(logs) == {"levels", "known", "known_changes"}
+    assert all(weight.grad is None for weight in rivals.critic.parameters())
 
 
 def test_levels_are_those_of_magnitudes() -> None:
@@ -231,3 +302,24 @@ def test_a_vae_takes_a_share_of_the_averaged_decoder(tmp_path: Path, rivals: Riv
     trained = rivals.decoder.parameters()
     for mine, old, new in zip(vae.decoder.parameters(), before, trained, strict=True):
         assert torch.allclose(mine, (old + new) / 2, atol=1e-6)
+
+
+def test_a_bundle_takes_the_decoder_and_keeps_all_else(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    before = load_bundle(tiny_default_bundle)
+    old = read_weights(before.path("vae_decoder.onnx"))
+    torch.manual_seed(6)
+    trained = Rivals(PatchVAE(PatchVAEConfig(**before.manifest.networks["vae_decoder"])).decoder)
+    for weight in trained.decoder.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    write_checkpoint({"ema": trained.state_dict()}, tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
+    made = add_decoder(tiny_default_bundle, tmp_path, tmp_path / "made", "9", share=0.25)
+    changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
+    assert changed == {"vae_decoder.onnx"} and made.files.keys() == before.manifest.files.keys()
+    assert made.provenance["training"]["decoder"] == {"steps": 5, "minutes": 1.3, "share": 0.25}
+    found = read_weights(tmp_path / "made" / "vae_decoder.onnx")
+    for name, weight in trained.decoder.state_dict().items():
+        assert torch.allclose(found[name], 0.75 * old[name] + 0.25 * weight, atol=1e-3), name
+    again = add_decoder(tmp_path / "made", tmp_path, tmp_path / "again", "10")
+    spent = {"steps": 10, "minutes": 2.6, "share": 1.0}
+    assert again.provenance["training"]["decoder"] == spent, "trained from the one before"

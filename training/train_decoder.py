@@ -4,8 +4,10 @@ What the sampler ends with is the mean of what may be there, and a decoder that 
 makes of it a blur that is too quiet. So it learns from the latents that the UNet's last distilled steps land
 on when they start from true ones, with three errors: the distance to the true mel, that of its levels at
 several resolutions, and what a critic says that has heard true mels (hinge loss, Lim & Ye 2017, "Geometric
-GAN"), weighed as in Esser and others 2021, "Taming transformers", equation 7. What is known in a window stays
-exact, or gets a little noise, so the decoder keeps what it could. Encoder and UNet stay as they are.
+GAN"), weighed as in Esser and others 2021, "Taming transformers", equation 7. Beside these it learns from
+true latents, as they are or with a little noise, so that it keeps what it could, and from sounds that are
+held: a decoder that writes four frames at a time draws a faint pattern in them, which is heard as a hum of
+21.5 Hz on whatever does not change by itself. Encoder and UNet stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from training.loop import (
     add_arguments,
     blend,
     fixed_draws,
+    join_workers,
     load_ema,
     loop_config,
     means,
@@ -51,24 +55,29 @@ from training.train_unet import (
     make_batch,
     unet_config,
 )
-from training.train_vae import reconstruction
+from training.train_vae import PITCHED, reconstruction
 
 STARTS = (1, 2, 3)  # places in the distilled steps: from there noisy true latents are sampled to the end
 REPEATS = 10  # the UNet's steps cost more than the decoder's: each landing is taken about ten times,
 KEPT = 64  # and at random from the last ones,
 CROP = 32  # so many latent frames of it each time,
-ROWS = {True: 10, False: 6}  # and so many stems that were made, and that were known,
+ROWS = 10  # and so many stems that were made;
+WINDOWS = 3  # beside those of so many windows, and as many more that are held, as they are known,
 NOISY = 0.5  # of which a share gets noise,
 NOISE = 0.8  # of up to this deviation: what many short steps leave is not exact either
+SLOWED = 16  # times, to hold what sounds
 LEVELS = ((4, 1), (16, 8), (64, GEOMETRY.n_mels))  # frames and bands over which magnitudes are averaged
 LEVEL_WEIGHT = 0.5
 CRITIC_PACE = 0.05  # of its error, so that its gradients are no larger than the decoder's
 CRITIC_SHARE = 2.5  # of a sure critic's pull on a mel, against that of the distance to the true one
-KNOWN_WEIGHT = 1.5  # of the distance of what was known: its errors are small, and are heard
+# Of each kind, the weight of its distance and of that of its changes: errors of what is known are small, and
+# are heard; what was made need not move as the true stem did.
+WEIGHTS = {"made": (1.0, 0.0), "known": (1.5, 0.3), "held": (1.0, 1.0)}
 AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at the floor and estimates near it
 UNEVEN = 0.1  # deviation of noise on what the critic hears: stored mels have steps
 SCALE = 2.0  # log mels are divided by it
 WIDTHS = (16, 32, 64, 64)
+SOUNDING = -3.0  # a stem whose loudest band is above that plays
 
 Scores = tuple[torch.Tensor, torch.Tensor]  # of patches of mels, fine and coarse ones
 
@@ -109,6 +118,13 @@ class Rivals(nn.Module):
         self.critic = Critic()
 
 
+class Pairs(NamedTuple):
+    """Latents (N, Z, T, 1) of single stems and their true mels (N, 1, frames, mels)."""
+
+    latents: torch.Tensor
+    mels: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Landing:
     """Latents (N, Z, T, 1) of single stems as the sampler leaves them, and true mels (N, 1, frames, mels).
@@ -121,19 +137,42 @@ class Landing:
     made: torch.Tensor
     asked: torch.Tensor
 
-    def crop(self, rng: np.random.Generator) -> Landing:
-        """CROP latent frames of up to ROWS stems, but of none that rests although it was asked to play."""
+    def crop(self, rng: np.random.Generator) -> Pairs:
+        """CROP latent frames of up to ROWS stems that were made, of none that rests although it was asked to
+        play."""
         start = int(rng.integers(self.latents.shape[2] - CROP + 1))
         span = slice(start, start + CROP)
         frames = slice(start * LATENT_FRAMES, (start + CROP) * LATENT_FRAMES)
-        asked = self.asked[:, span].amin(1) > 0
-        rows = [torch.nonzero(asked & (self.made == made))[:, 0] for made in ROWS]
-        few = torch.cat([r[rng.permutation(len(r))[:n]] for r, n in zip(rows, ROWS.values(), strict=True)])
-        latents, made = self.latents[few][:, :, span], self.made[few]
-        deviation = rng.uniform(0, NOISE, len(few)) * (rng.random(len(few)) < NOISY)
-        noise = torch.from_numpy(deviation).float().to(latents.device) * ~made
-        latents = latents + noise[:, None, None, None] * torch.randn_like(latents)
-        return Landing(latents, self.mels[few][:, :, frames], made, self.asked[few][:, span])
+        rows = torch.nonzero(self.made & (self.asked[:, span].amin(1) > 0))[:, 0]
+        few = rows[rng.permutation(len(rows))[:ROWS]]
+        return Pairs(self.latents[few][:, :, span], self.mels[few][:, :, frames])
+
+
+@torch.no_grad()
+def exact(vae: PatchVAE, mels: torch.Tensor) -> Pairs:
+    """What the VAE hears in mels (N, 1, frames, mels)."""
+    return Pairs(vae.moments(mels)[0], mels)
+
+
+def noisy(pairs: Pairs, rng: np.random.Generator) -> Pairs:
+    """The same with noise on the latents of a share of NOISY, of deviations up to NOISE."""
+    count = len(pairs.latents)
+    deviation = torch.from_numpy(rng.uniform(0, NOISE, count) * (rng.random(count) < NOISY)).float()
+    noise = deviation.to(pairs.latents.device)[:, None, None, None] * torch.randn_like(pairs.latents)
+    return Pairs(pairs.latents + noise, pairs.mels)
+
+
+def held(mels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Mels (B, S, frames, mels) of stems -> (N, 1, frames, mels) of the pitched ones, SLOWED times as slow.
+
+    Each window is heard from a random frame on. Stems that rest there are left out.
+    """
+    frames = mels.shape[2]
+    short = frames // SLOWED
+    start = int(rng.integers(frames - short + 1))
+    part = mels[:, PITCHED, start : start + short].flatten(0, 1)
+    slow = F.interpolate(part.transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
+    return slow[slow.amax((1, 2)) > SOUNDING][:, None]
 
 
 @torch.no_grad()
@@ -167,38 +206,52 @@ def critic_error(unreal: Scores, real: Scores) -> torch.Tensor:
     return torch.stack(errors).mean()
 
 
-def distance(estimate: torch.Tensor, given: Landing) -> tuple[torch.Tensor, Logs]:
-    """What the decoder minimises without a critic: `reconstruction` of both kinds of rows, and levels."""
-    logs = {"levels": level_error(estimate, given.mels)}
+def change_error(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+    """L1 of the changes from frame to frame. Loud bands weigh more, see `reconstruction`."""
+    weight = torch.sigmoid(mel[:, :, 1:] + 4)
+    return ((estimate.diff(dim=2) - mel.diff(dim=2)).abs() * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def distance(estimates: dict[str, torch.Tensor], mels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Logs]:
+    """What the decoder minimises without a critic: `reconstruction` and changes of each kind, and levels."""
+    logs = {"levels": level_error(torch.cat([*estimates.values()]), torch.cat([*mels.values()]))}
     error = LEVEL_WEIGHT * logs["levels"]
-    for name, rows, weight in (("known", ~given.made, KNOWN_WEIGHT), ("made", given.made, 1.0)):
-        if rows.any():
-            logs[name] = reconstruction(estimate[rows], given.mels[rows])
-            error = error + weight * logs[name]
+    for name, (near, moving) in WEIGHTS.items():
+        if not len(mels[name]):
+            continue
+        logs[name] = reconstruction(estimates[name], mels[name])
+        error = error + near * logs[name]
+        if moving:
+            logs[f"{name}_changes"] = change_error(estimates[name], mels[name])
+            error = error + moving * logs[f"{name}_changes"]
     return error, {name: value.item() for name, value in logs.items()}
 
 
-def rivals_loss(rivals: Rivals, given: Landing, device: str) -> tuple[torch.Tensor, Logs]:
+def rivals_loss(rivals: Rivals, given: dict[str, Pairs], device: str) -> tuple[torch.Tensor, Logs]:
     """The decoder's errors, which do not move the critic, and the critic's, which do not move the decoder.
 
-    What was made has a critic. Its pull is measured on the mel, so that how steep it is does not matter, and
-    counts by how well it can tell.
+    given: pairs of each kind of WEIGHTS. What was made has a critic. Its pull is measured on the mel, so that
+    how steep it is does not matter, and counts by how well it can tell.
     """
+    mels = {name: pairs.mels for name, pairs in given.items()}
     with mixed_precision(device):
-        estimate = rivals.decoder(given.latents).float()
-    error, logs = distance(estimate, given)
-    if not given.made.any():
+        estimate = rivals.decoder(torch.cat([pairs.latents for pairs in given.values()])).float()
+    parts = estimate.split([len(mel) for mel in mels.values()])
+    estimates = dict(zip(given, parts, strict=True))
+    error, logs = distance(estimates, mels)
+    made, true = estimates["made"], mels["made"]
+    if not len(made):
         return error, logs
-    shown = estimate[given.made].detach().requires_grad_(True)
+    shown = made.detach().requires_grad_(True)
     with mixed_precision(device):
-        unreal, real = rivals.critic(shown), rivals.critic(given.mels[given.made])
+        unreal, real = rivals.critic(shown), rivals.critic(true)
     told_apart = critic_error(unreal, real)
     pull = torch.autograd.grad(-(unreal[0].mean() + unreal[1].mean()), shown, retain_graph=True)[0]
-    other = torch.autograd.grad(error, estimate, retain_graph=True)[0][given.made]
+    other = torch.autograd.grad(error, made, retain_graph=True)[0]
     skill = (1 - told_apart.detach() / 2).clamp_min(0)
     pull = pull * (CRITIC_SHARE * skill * other.norm() / pull.norm().clamp_min(1e-9))
     logs |= {"critic": told_apart.item(), "skill": skill.item()}
-    return error + (estimate[given.made] * pull).sum() + CRITIC_PACE * told_apart, logs
+    return error + (made * pull).sum() + CRITIC_PACE * told_apart, logs
 
 
 def compare(decoder: Decoder, given: Landing) -> Logs:
@@ -210,7 +263,7 @@ def compare(decoder: Decoder, given: Landing) -> Logs:
         estimate, mel = decoder(given.latents[rows]), given.mels[rows]
         logs[f"l1_{name}"] = (estimate - mel).abs().mean().item()
         logs[f"levels_{name}"] = level_error(estimate, mel).item()
-    sounding = mel.amax((1, 2, 3)) > -3
+    sounding = mel.amax((1, 2, 3)) > SOUNDING
     mine, true = estimate[sounding], mel[sounding]
     power = [x.exp().square().mean((1, 2, 3)).log10() * 10 for x in (mine, true)]
     rough = [x.clamp_min(FLOOR + AUDIBLE).diff(n=2, dim=2).std() for x in (mine, true)]
@@ -218,6 +271,14 @@ def compare(decoder: Decoder, given: Landing) -> Logs:
         "quieter_db": (power[1] - power[0]).median().item(),
         "roughness": (rough[0] / rough[1]).item(),
     }
+
+
+def compare_held(decoder: Decoder, given: Pairs) -> Logs:
+    """Error on what is held, and the deviation of the pattern that each patch repeats in it."""
+    error = decoder(given.latents) - given.mels
+    repeated = error.unflatten(2, (-1, LATENT_FRAMES)).mean(2)
+    pattern = repeated - repeated.mean(2, keepdim=True)
+    return {"l1_held": error.abs().mean().item(), "pattern": pattern.square().mean().sqrt().item()}
 
 
 def with_decoder(vae: PatchVAE, run: Path, share: float = 1.0) -> PatchVAE:
@@ -243,16 +304,18 @@ def main() -> None:
     )
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
     args = parser.parse_args()
+    worker = join_workers()
     config = loop_config(args)
-    rng = np.random.default_rng([args.seed, int(args.minutes * 100)])
+    rng = np.random.default_rng([args.seed, int(args.minutes * 100), worker])
     torch.manual_seed(args.seed)
     held_out, songs = load_songs(args.data / "val"), load_songs(args.data / "train")
     frozen = freeze(args.runs / "vae", args.runs / "towers", args.runs / "unet" / STATISTICS, songs)
     alphas = torch.from_numpy(make_schedule(SCHEDULE).alphas_cumprod).float().to(args.device)
     unet = sampler_of(args.runs, frozen).to(args.device)
-    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed, shares=SHARES)
+    stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
     landings: deque[Landing] = deque(maxlen=KEPT)
+    encoder = copy.deepcopy(frozen.vae).to(args.device).requires_grad_(False)
 
     def landing_of(batch: Batch, rng: np.random.Generator) -> Landing:
         start = STARTS[int(rng.integers(len(STARTS)))]
@@ -261,7 +324,13 @@ def main() -> None:
     def loss(network: Rivals, step: int) -> tuple[torch.Tensor, Logs]:
         if step % REPEATS == 0 or not landings:
             landings.append(landing_of(next(batches), rng))
-        given = landings[int(rng.integers(len(landings)))].crop(rng)
+        windows = draw(songs, 2 * WINDOWS, rng, frames=CROP * LATENT_FRAMES).mels.to(args.device)
+        known = exact(encoder, windows[:WINDOWS].flatten(0, 1)[:, None])
+        given = {
+            "made": landings[int(rng.integers(len(landings)))].crop(rng),
+            "known": noisy(known, rng),
+            "held": exact(encoder, held(windows[WINDOWS:], rng)),
+        }
         return rivals_loss(network, given, args.device)
 
     @torch.no_grad()
@@ -272,6 +341,8 @@ def main() -> None:
                 windows = draw(held_out, 8, generator, augment=False, frames=FRAMES // 2)
                 batch = make_batch(windows, frozen, generator, shares=SHARES)
                 rows.append(compare(network.decoder, landing_of(batch, generator)))
+                steady = exact(encoder, held(windows.mels[:, :, : CROP * LATENT_FRAMES], generator))
+                rows.append(compare_held(network.decoder, steady))
         return means(rows)
 
     rivals = Rivals(frozen.vae.decoder.requires_grad_(True)).to(args.device)
