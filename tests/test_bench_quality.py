@@ -79,6 +79,14 @@ def test_what_lies_between_the_partials_of_a_note_is_found() -> None:
     assert articulation.between_partials(held_tone(221), true) < -40, "some cents are no hum"
 
 
+def test_a_hum_is_the_sidebands_of_what_is_modulated() -> None:
+    true = held_tone(220)
+    moved = true * (1 + 0.1 * np.sin(2 * np.pi * 21.5 * np.arange(len(true)) / RATE))
+    assert articulation.hum(moved, true, 21.5) == pytest.approx(20 * np.log10(0.1) - 3, abs=0.3)
+    assert articulation.hum(moved, true, 30.0) < -60, "another rate's"
+    assert articulation.hum(true, true, 21.5) < -60
+
+
 def test_blurred_attacks_rise_less() -> None:
     true = clicks(120, 6)
     places = articulation.struck(true)

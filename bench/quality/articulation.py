@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.signal import find_peaks
 from scipy.signal.windows import blackmanharris
 
 from bench.quality.figures import Figure, of_means
@@ -25,6 +26,11 @@ PARTIALS_DB = 50.0  # under the strongest, at most, a partial is
 BESIDE_HZ = 15.0  # to each side it is wide
 LOWEST, HIGHEST = 40.0, 10_000.0  # Hz
 MUCH_DB = -20.0
+STRONG_DB = 20.0  # under the strongest, at most, is a partial whose sidebands count
+SIDEBAND_HZ = 3.0  # to each side a line is wide
+# Of sidebands: a modulation by 4.5 %. A few per cent are what can just be heard (Zwicker & Fastl,
+# Psychoacoustics, chapter 10).
+HUM_DB = -30.0
 GRAIN = 128  # samples, 2.9 ms: of the levels in which an attack is looked for
 RISE, AROUND = 3, 8  # grains before and after it, and those on either side of the onset that may hold it
 LEAST_DB = 10.0  # by which an attack rises
@@ -33,29 +39,34 @@ QUIETEST_DB = 40.0  # under the loudest grain
 Through = Callable[[Array], dict[str, Array]]  # (samples,) at RATE -> what came back, by what it went through
 
 
-def held_notes(through: Through) -> Figure:
-    """How much of a held note's power lies between its partials: hum, hiss, and partials that moved.
+def held_notes(through: Through, patch_hz: float) -> list[Figure]:
+    """How much of a held note's power lies between its partials, and how much of its partials' hums.
 
-    Four notes of each pitched sound of the held-out font.
+    Four notes of each pitched sound of the held-out font. patch_hz: how often the VAE writes a latent frame;
+    whatever it draws alike into each is heard at this rate.
     """
-    rows: dict[str, list[float]] = {"both": [], "vocoder": [], "true": [], "semitone": []}
+    rows: dict[str, list[tuple[float, float]]] = {"both": [], "vocoder": [], "true": [], "semitone": []}
     for source in held_out_sources():
         if source.stem in UNPITCHED:
             continue
         true, higher = (_play(source, [p + by for p in PITCHES[source.stem]]) for by in (0, 1))
         for kind, audio in (*through(true).items(), ("true", true), ("semitone", higher)):
-            rows[kind] += [between_partials(audio[part], true[part]) for part in _steady_parts()]
-    values = {kind: np.array(found) for kind, found in rows.items()}
-    about: dict[str, Any] = {
-        "ceiling": {
-            "vocoder alone": float(values["vocoder"].mean()),
-            "true notes": float(values["true"].mean()),
-        },
-        "floor": {"a semitone off": float(values["semitone"].mean())},
-    }
-    many, few = (np.mean(values[kind] > MUCH_DB) for kind in ("both", "vocoder"))
-    note = f"{many:.2f} of the notes are above {MUCH_DB:.0f} dB, by the vocoder alone {few:.2f}"
-    name = "power between the partials of held notes"
+            for part in _steady_parts():
+                pair = audio[part], true[part]
+                rows[kind].append((between_partials(*pair), hum(*pair, patch_hz)))
+    between, hums = ({kind: np.array(found)[:, i] for kind, found in rows.items()} for i in (0, 1))
+    off = {"a semitone off": float(between["semitone"].mean())}
+    return [
+        _of_notes("power between the partials of held notes", between, MUCH_DB, floor=off),
+        _of_notes(f"sidebands of held notes' partials at {patch_hz:.1f} Hz", hums, HUM_DB),
+    ]
+
+
+def _of_notes(name: str, values: dict[str, Array], much_db: float, **about: Any) -> Figure:
+    many, few = (np.mean(values[kind] > much_db) for kind in ("both", "vocoder"))
+    alone, true = (float(values[kind].mean()) for kind in ("vocoder", "true"))
+    about["ceiling"] = {"vocoder alone": alone, "true notes": true}
+    note = f"{many:.2f} of the notes are above {much_db:.0f} dB, by the vocoder alone {few:.2f}"
     return of_means(PART, name, values["both"], unit="dB", lower=True, note=note, **about)
 
 
@@ -72,14 +83,38 @@ def _steady_parts() -> list[slice]:
 
 def between_partials(audio: Array, true: Array) -> float:
     """dB of the power of a steady note (samples,) that is not at the partials of the true one."""
-    window = blackmanharris(len(true))
-    power, expected = (np.abs(np.fft.rfft(x * window)) ** 2 for x in (audio, true))
+    power, expected = _spectra(audio, true)
     hz = np.fft.rfftfreq(len(true), 1 / RATE)
     width = round(BESIDE_HZ * len(true) / RATE)
     partials = expected > expected.max() * 10 ** (-PARTIALS_DB / 10)
     partials = np.convolve(partials, np.ones(2 * width + 1), "same") > 0
     heard = (hz > LOWEST) & (hz < HIGHEST)
     return float(10 * np.log10(power[heard & ~partials].sum() / max(power[heard].sum(), 1e-12) + 1e-12))
+
+
+def hum(audio: Array, true: Array, rate_hz: float) -> float:
+    """dB of the power of both sidebands `rate_hz` beside the strong partials of the true note, to theirs.
+
+    A tone whose amplitude goes by a share m with that rate has 20 lg m - 3 dB.
+    """
+    power, expected = _spectra(audio, true)
+    resolution = RATE / len(true)
+    width = round(SIDEBAND_HZ * len(true) / RATE)
+
+    def around(hz: float) -> float:
+        middle = round(abs(hz) / resolution)
+        return float(power[max(0, middle - width) : middle + width + 1].sum())
+
+    strong = expected.max() * 10 ** (-STRONG_DB / 10)
+    partials = find_peaks(expected, height=strong, distance=round(BESIDE_HZ / resolution))[0] * resolution
+    sidebands = sum(around(hz + side) for hz in partials for side in (-rate_hz, rate_hz))
+    return float(10 * np.log10(sidebands / sum(around(hz) for hz in partials) + 1e-12))
+
+
+def _spectra(audio: Array, true: Array) -> tuple[Array, Array]:
+    window = blackmanharris(len(true))
+    power, expected = (np.abs(np.fft.rfft(x * window)) ** 2 for x in (audio, true))
+    return power, expected
 
 
 def attacks(made: dict[str, list[Array]], true: list[Array]) -> Figure:

@@ -41,6 +41,8 @@ def measure(model: Model, windows: list[Window], tick: Tick) -> list[Figure]:
             rows[kind].append(np.abs(log_mel(audio.astype(np.float32), MEL) - true).mean((1, 2)))
     values = {kind: np.array(found) for kind, found in rows.items()}
     drums = STEMS.index("drums")
+    mel, latent = model.manifest.mel, model.manifest.latent
+    patch_hz = mel.sample_rate / mel.hop / latent.frames
     struck = {kind: [trip[kind][drums] for trip in trips] for kind in ("both", "vocoder")}
     stems = ", ".join(f"{s} {values['both'][:, i].mean():.2f}" for i, s in enumerate(STEMS))
     return [
@@ -54,7 +56,7 @@ def measure(model: Model, windows: list[Window], tick: Tick) -> list[Figure]:
             lower=True,
             note=stems,
         ),
-        held_notes(lambda note: {k: x[0] for k, x in round_trip(model, note[None], note).items()}),
+        *held_notes(lambda note: {k: x[0] for k, x in round_trip(model, note[None], note).items()}, patch_hz),
         attacks(struck, [window.stems[drums, : trips[0]["both"].shape[1]] for window in few]),
     ]
 
