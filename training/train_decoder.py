@@ -55,7 +55,7 @@ from training.train_unet import (
     make_batch,
     unet_config,
 )
-from training.train_vae import PITCHED, reconstruction
+from training.train_vae import PITCHED, how_loud, reconstruction
 
 STARTS = (1, 2, 3)  # places in the distilled steps: from there noisy true latents are sampled to the end
 REPEATS = 10  # the UNet's steps cost more than the decoder's: each landing is taken about ten times,
@@ -207,8 +207,8 @@ def critic_error(unreal: Scores, real: Scores) -> torch.Tensor:
 
 
 def change_error(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
-    """L1 of the changes from frame to frame. Loud bands weigh more, see `reconstruction`."""
-    weight = torch.sigmoid(mel[:, :, 1:] + 4)
+    """L1 of the changes from frame to frame, weighed by loudness."""
+    weight = how_loud(mel[:, :, 1:])
     return ((estimate.diff(dim=2) - mel.diff(dim=2)).abs() * weight).sum() / weight.sum().clamp_min(1e-6)
 
 
@@ -316,7 +316,7 @@ def main() -> None:
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
     landings: deque[Landing] = deque(maxlen=KEPT)
-    encoder = copy.deepcopy(frozen.vae).to(args.device).requires_grad_(False)
+    encoder = copy.deepcopy(frozen.vae).to(args.device)
 
     def landing_of(batch: Batch, rng: np.random.Generator) -> Landing:
         start = STARTS[int(rng.integers(len(STARTS)))]

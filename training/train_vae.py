@@ -43,12 +43,17 @@ def sounding(windows: Windows) -> torch.Tensor:
     return torch.cat([stems, stems.amax(1, keepdim=True)], 1).flatten(0, 1)
 
 
+def how_loud(mel: torch.Tensor) -> torch.Tensor:
+    """From 0, near the floor, to 1, how loud bands of log mels are."""
+    return torch.sigmoid(mel + 4)
+
+
 def reconstruction(estimate: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
     """L1 of log mels. Loud bands weigh up to six times as much as those near the floor.
 
     The bands up to 1.4 kHz weigh three times as much as the rest: a bass line's pitch is nowhere else.
     """
-    weight = 1 + 5 * torch.sigmoid(mel + 4)
+    weight = 1 + 5 * how_loud(mel)
     weight = weight * (1 + 2 * (torch.arange(mel.shape[-1], device=mel.device) < LOW_BANDS))
     return ((estimate - mel).abs() * weight).mean() / weight.mean()
 

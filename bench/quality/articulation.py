@@ -99,7 +99,7 @@ def hum(audio: Array, true: Array, rate_hz: float) -> float:
     """
     power, expected = _spectra(audio, true)
     resolution = RATE / len(true)
-    width = round(SIDEBAND_HZ * len(true) / RATE)
+    width = round(SIDEBAND_HZ / resolution)
 
     def around(hz: float) -> float:
         middle = round(abs(hz) / resolution)
