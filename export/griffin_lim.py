@@ -1,8 +1,8 @@
 """The default family's vocoder: Griffin and Lim's phase search as a graph, with no trained weights.
 
 A mel spectrogram says how strong each band is, not how its waves join from frame to frame; a small network
-that guesses both writes notes whose pitch is blurred. Here the magnitudes are solved for (nonnegative least
-squares on the filterbank) and the phases searched for (fast Griffin-Lim from a good start), at the
+that guesses both writes notes whose pitch is blurred. Here the magnitudes are solved for (few sines that
+sound like the bands) and the phases searched for (fast Griffin-Lim from a good start), at the
 end both together, in real arithmetic and matrix products only, so that every provider runs it.
 """
 
@@ -36,7 +36,9 @@ SOFT, LAST_SOFT = 0.1, 0.01
 BELOW = 0.87
 # Steps at the end whose magnitudes are those found, fitted to the mel. With more of them the mel would come
 # nearer still, but steady tones, as longer windows than its own see them, would be rougher than with none.
-FITTED = 3
+FITTED = 4
+QUIET = 1e-6  # added to magnitudes before their logarithm
+HASTE = 1.8  # power of each update of the sines: below 2, larger ones are nearer after as many steps
 STEEPEST = 10.0  # times what was found, the most by which a step raises a band
 LOUDEST = 12.0  # log magnitude: louder mels are cut, so that nothing overflows
 
@@ -60,7 +62,7 @@ class GriffinLimConfig:
     low_f_max: float = 0.0
     magnitude_steps: int = 10
     phase_steps: int = 7
-    momentum: float = 0.99
+    momentum: float = 0.8
 
     @classmethod
     def of(cls, mel: Mel) -> GriffinLimConfig:
@@ -210,6 +212,8 @@ class Search(nn.Module):
     natural: torch.Tensor
     table: torch.Tensor
     share: torch.Tensor
+    sines: torch.Tensor
+    sines_share: torch.Tensor
     order: torch.Tensor
     side: torch.Tensor
     window: torch.Tensor
@@ -223,12 +227,15 @@ class Search(nn.Module):
         natural = torch.from_numpy(np.unique(bins.numpy(), return_index=True)[1])
         table = torch.tensor(filters)[bins] / torch.bincount(bins)[bins, None]  # some are there twice
         total = table.sum(1)
+        sines = _lobes(torch.tensor(filters).T).T  # what each bin's sine is in the bands
         tables = {
             "order": bins,
             "natural": natural,
             "side": torch.where(mirrored, -1.0, 1.0),
             "table": table,
             "share": torch.where(total > 0, 1 / total, 0),
+            "sines": sines,
+            "sines_share": torch.where(sines.sum(1) > 0, 1 / sines.sum(1), 0),
             "window": torch.hann_window(n_fft),
         }
         for name, values in tables.items():
@@ -276,12 +283,18 @@ class Search(nn.Module):
         return audio
 
     def magnitude(self, wanted: torch.Tensor) -> torch.Tensor:
-        """(N, F, bands) -> (N, F, places), by multiplicative updates (Lee and Seung 2001, theorem 1)."""
-        back = wanted @ self.table.T
-        magnitude = back * self.share
+        """(N, F, bands) -> (N, F, places): the spectrum of sines, one a bin, that sound like the bands.
+
+        Bins that were solved for alone would lie flat wherever a partial's two bands allow it, and the search
+        made of it two lines that beat. A sine is a whole lobe. Which sound is decided by multiplicative
+        updates for the generalised Kullback-Leibler divergence (Lee and Seung 2001, theorem 2), from the
+        geometric mean of the bands that each is in: it is small where one of them is.
+        """
+        loud = ((wanted + QUIET).log() @ self.sines.T * self.sines_share).exp()
         for _ in range(self.config.magnitude_steps):
-            magnitude = magnitude * back / ((magnitude @ self.table) @ self.table.T + 1e-8)
-        return magnitude
+            lacking = wanted / (loud @ self.sines + 1e-8)
+            loud = loud * (lacking @ self.sines.T * self.sines_share) ** HASTE
+        return _lobes(loud)[..., self.order]
 
     def _fitted(self, found: Pair, wanted: torch.Tensor) -> torch.Tensor:
         """The magnitudes of a spectrum, each bin's times what the bands it is in lack on the mean.
@@ -310,6 +323,12 @@ class Search(nn.Module):
         shape = (*re.shape[:2], self.fft.a // 2 + 1, self.fft.b)
         frames = self.fft.inverse(re.reshape(shape), im.reshape(shape))
         return overlap_add(frames * (self.window / 1.5)).flatten(1)
+
+
+def _lobes(sines: torch.Tensor) -> torch.Tensor:
+    """(..., bins) levels of sines in the middle of bins -> magnitudes: Hann's window halves them beside."""
+    pad = nn.functional.pad
+    return sines + 0.5 * (pad(sines, (1, -1)) + pad(sines, (-1, 1)))
 
 
 def _ahead(found: Pair, before: Pair, momentum: float) -> Pair:

@@ -32,6 +32,7 @@ class PatchVAEConfig:
     scale: float = 2.0  # log mels are divided by this
     tones: int = 0  # further channels, one a pitch class, 0 or 12
     tones_width: int = 128
+    steady: float = 0.0  # log mel: what moves less is steadied after decoding, see `steadied`; 0: nothing
 
     @property
     def latents(self) -> int:
@@ -102,6 +103,26 @@ class Encoder(nn.Module):
         return torch.cat([mean, log_variance], -1).transpose(1, 2)[..., None]
 
 
+def _mean(x: torch.Tensor, frames: int, bands: int) -> torch.Tensor:
+    """Means of (N, 1, frames, mels) over that many frames and bands around each, of those there are."""
+    around = frames // 2, bands // 2
+    return nn.functional.avg_pool2d(x, (frames, bands), 1, around, count_include_pad=False)
+
+
+def steadied(mel: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Log mels (N, 1, frames, mels) with less of what moves less than the threshold, near or above 0.
+
+    Decoders write a patch at a time, and their small errors come back with it: on a held note that is a
+    modulation at the rate of latent frames, a hum. Nine frames (two patches and one more) average it out.
+    What moves more, an attack or a release, keeps its edges: the average's weight is the conductance of
+    edge-preserving smoothing (Perona & Malik 1990, eq. 5, with the fourth power for a sharper knee) of how
+    far the mel is from it, over as many frames and five bands.
+    """
+    average = _mean(_mean(mel, 5, 1), 5, 1)
+    moved = _mean((mel - average).abs(), 9, 5) / threshold
+    return mel + (average - mel) / (1 + moved.square().square())
+
+
 class Decoder(nn.Module):
     """latents (N, Z, T, 1) -> mel (N, 1, frames, mels), natural log, at or above the floor."""
 
@@ -127,7 +148,8 @@ class Decoder(nn.Module):
         x = (self.linear(z) + self.outward(self.norm(h))) * c.scale
         mel = x.reshape(x.shape[0], 1, x.shape[1] * c.frames, c.mels)
         # a softened floor keeps a gradient where the picture is silent
-        return nn.functional.softplus(mel, beta=4.0) + math.log(c.floor)
+        mel = nn.functional.softplus(mel, beta=4.0) + math.log(c.floor)
+        return steadied(mel, c.steady) if c.steady else mel
 
 
 class PatchVAE(nn.Module):

@@ -31,7 +31,7 @@ from engine.model import Asked, Model
 from export.blocks import ConvBlock
 from export.bundle_writer import export_bundle
 from export.caption_towers import CaptionTowers, CaptionTowersConfig
-from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.patch_vae import PatchVAE, PatchVAEConfig, steadied
 from export.stem_unet import StemUNet, StemUNetConfig, timestep_embedding, weakened
 from export.vocos import InverseFFT, Vocos, VocosConfig
 from training.captions import encode, for_prompts, make_tokenizer
@@ -195,6 +195,18 @@ def test_the_vae_keeps_its_shapes_and_floor() -> None:
     assert decoded.shape == mel.shape and decoded.min() >= np.log(VAE.floor)
     quiet = vae.decoder(torch.full((1, CHANNELS, 5, 1), -1e4))
     assert torch.isfinite(quiet).all()
+
+
+def test_steadying_takes_the_pattern_of_patches_from_what_is_held_and_leaves_attacks() -> None:
+    held = torch.linspace(-6, 0, MELS).expand(1, 1, 40, MELS)
+    pattern = torch.tensor([0.03, -0.05, 0.04, -0.02]).repeat(10)[:, None]
+    still = steadied(held + pattern, 0.2)[..., 8:-8, :] - held[..., 8:-8, :]
+    assert still.abs().max() < 0.1 * pattern.abs().max()
+    struck = held.clone()
+    struck[..., 20:, :] += 4
+    kept = steadied(struck, 0.2)
+    assert torch.allclose(kept, struck, atol=0.02)
+    assert torch.equal(steadied(held[..., :1, :], 0.2), held[..., :1, :]), "a single frame has nothing beside it"
 
 
 def test_the_vae_starts_half_whitened() -> None:

@@ -204,6 +204,18 @@ def test_a_partial_at_the_end_of_the_low_bands_is_written_once_where_it_is(hz: f
     assert abs(written) < 3.5, "dB"
 
 
+@pytest.mark.parametrize("hz", [785.6, 1571.1, 2100.0, 2356.7, 2700.0, 3100.0])
+def test_a_partial_between_two_bands_is_one_line(hz: float) -> None:
+    time = torch.arange(2 * 44100) / 44100
+    signal = 0.05 * torch.sin(2 * math.pi * hz * time)
+    with torch.no_grad():
+        audio = GriffinLim(DEFAULT)(log_mel(signal[None]).transpose(1, 2))[0, 0]
+    power = torch.fft.rfft(audio[8192 : 8192 + 65536] * torch.hann_window(65536)).abs().square()
+    lines = torch.arange(len(power)) * 44100 / 65536
+    elsewhere = power[(lines - hz).abs() > 15].sum() / power.sum()
+    assert 10 * math.log10(elsewhere) < -25
+
+
 @pytest.mark.parametrize("chord", [[52, 59, 64, 68], [28, 40]])
 def test_notes_keep_their_pitch_and_their_mel(chord: list[int]) -> None:
     """Each note of a chord comes back nearest to its own semitone, the mel within a quarter of a neper."""

@@ -16,7 +16,7 @@ import soundfile as sf
 import torch
 
 from training import held_out, instruments, overlap, render, sources
-from training.bands import RANGES, Song, folded, part_of, split_grooves, try_song
+from training.bands import FIFTH_STRING, RANGES, Song, folded, lowered, part_of, split_grooves, try_song
 from training.charts import timeline
 from training.dataset import load_songs
 from training.grooves import HELD_OUT, Groove, list_grooves, role_of, spread
@@ -120,6 +120,22 @@ def test_folding_keeps_pitch_classes_and_brings_them_into_range() -> None:
         inside = (notes[:, 2] >= low) & (notes[:, 2] <= high)
         assert (pitch[inside] == notes[inside, 2]).all()
     assert (folded(notes.copy(), "drums") == notes).all()
+
+
+def test_lowered_basses_play_their_lowest_notes_and_nothing_else_changes() -> None:
+    notes = np.zeros((128, 4))
+    notes[:, 2] = np.arange(128)
+    song = Song(dict.fromkeys(STEMS, notes), 120, 4, 9, [], "C major", "rock", {}, False)
+    lowest = []
+    for seed in range(40):
+        low = lowered(song, np.random.default_rng(seed))
+        bass = low.notes["bass"]
+        assert (bass[:, 2] % 12 == notes[:, 2] % 12).all() and not bass[:, [0, 1, 3]].any()
+        assert np.ptp(bass[:, 2]) <= 19
+        assert all(low.notes[stem] is notes for stem in STEMS if stem != "bass")
+        lowest.append(int(bass[:, 2].min()))
+    assert set(lowest) == {FIFTH_STRING, RANGES["bass"][0]}
+    assert (notes[:, 2] == np.arange(128)).all(), "the song it was made from is as it was"
 
 
 def test_no_library_is_on_both_sides_of_the_split(tmp_path: Path) -> None:

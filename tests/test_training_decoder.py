@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from engine.bundle import load_bundle
+from engine.manifest import Manifest
+from engine.model import Model
 from engine.samplers import sample_distilled
 from engine.schedule import make_schedule
-from export.patch_vae import PatchVAE, PatchVAEConfig
+from export.patch_vae import PatchVAE, PatchVAEConfig, steadied
 from export.stem_unet import StemUNet, StemUNetConfig
 from training import loop
 from training.add_decoder import add_decoder
+from training.add_decoder import main as add_decoder_command
 from training.distill import STEPS, clean_from, keeping
 from training.from_bundle import read_weights
 from training.loop import write_checkpoint
@@ -313,13 +316,48 @@ def test_a_bundle_takes_the_decoder_and_keeps_all_else(tiny_default_bundle: Path
         torch.nn.init.normal_(weight, std=0.1)
     write_checkpoint({"ema": trained.state_dict()}, tmp_path)
     (tmp_path / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
-    made = add_decoder(tiny_default_bundle, tmp_path, tmp_path / "made", "9", share=0.25)
+    made = add_decoder(tiny_default_bundle, tmp_path / "made", "9", run=tmp_path, share=0.25)
     changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
     assert changed == {"vae_decoder.onnx"} and made.files.keys() == before.manifest.files.keys()
     assert made.provenance["training"]["decoder"] == {"steps": 5, "minutes": 1.3, "share": 0.25}
     found = read_weights(tmp_path / "made" / "vae_decoder.onnx")
     for name, weight in trained.decoder.state_dict().items():
         assert torch.allclose(found[name], 0.75 * old[name] + 0.25 * weight, atol=1e-3), name
-    again = add_decoder(tmp_path / "made", tmp_path, tmp_path / "again", "10")
+    again = add_decoder(tmp_path / "made", tmp_path / "again", "10", run=tmp_path)
     spent = {"steps": 10, "minutes": 2.6, "share": 1.0}
     assert again.provenance["training"]["decoder"] == spent, "trained from the one before"
+
+
+def test_a_bundle_steadies_what_its_decoder_writes(tiny_default_bundle: Path, tmp_path: Path) -> None:
+    before = load_bundle(tiny_default_bundle)
+    made = add_decoder(tiny_default_bundle, tmp_path / "made", "9", steady=0.3)
+    changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
+    assert changed == {"vae_decoder.onnx"} and made.version == "9"
+    assert made.networks["vae_decoder"]["steady"] == 0.3
+    assert made.provenance.get("training") == before.manifest.provenance.get("training")
+    latents = np.random.default_rng(1).standard_normal((2, before.manifest.latent_shape[1], 6, 1), np.float32)
+    mels = [Model.open(path, "cpu", 1).decode(latents) for path in (tiny_default_bundle, tmp_path / "made")]
+    expected = steadied(torch.from_numpy(np.float32(mels[0]))[:, None], 0.3)[:, 0]
+    assert np.allclose(mels[1], expected, atol=1e-4)
+    assert not np.allclose(mels[0], mels[1], atol=1e-2)
+    again = add_decoder(tmp_path / "made", tmp_path / "again", "10", run=_trained(tmp_path, made))
+    assert again.networks["vae_decoder"]["steady"] == 0.3, "another decoder is steadied as the one before"
+    off = add_decoder(tmp_path / "made", tmp_path / "off", "11", steady=0)
+    assert off.files["vae_decoder.onnx"] == before.manifest.files["vae_decoder.onnx"]
+
+
+def test_add_decoder_wants_something_to_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["add_decoder", "--bundle", "a", "--out", "b", "--version", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        add_decoder_command()
+    assert stopped.value.code == 2 and "--run or --steady" in capsys.readouterr().err
+
+
+def _trained(run: Path, manifest: Manifest) -> Path:
+    """The folder, with a checkpoint of a decoder for that manifest's bundle."""
+    trained = Rivals(PatchVAE(PatchVAEConfig(**manifest.networks["vae_decoder"])).decoder)
+    write_checkpoint({"ema": trained.state_dict()}, run)
+    (run / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
+    return run

@@ -1,8 +1,12 @@
-"""python -m training.add_decoder: a decoder of training.train_decoder -> a bundle, all else as it was."""
+"""python -m training.add_decoder: another decoder -> a bundle, all else as it was.
+
+One of training.train_decoder, or the same one that steadies what it writes (`export.patch_vae.steadied`).
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine.bundle import load_bundle
@@ -17,35 +21,62 @@ GRAPH = "vae_decoder"
 
 
 def add_decoder(
-    source: Path, run: Path, out: Path, version: str, *, share: float = 1.0, force: bool = False
+    source: Path,
+    out: Path,
+    version: str,
+    *,
+    run: Path | None = None,
+    share: float = 1.0,
+    steady: float | None = None,
+    force: bool = False,
 ) -> Manifest:
-    """Write the bundle `out`: that of `source` with the decoder of a folder of `training.train_decoder`.
+    """Write the bundle `out`: that of `source` with another decoder.
 
-    share: of its weights in the decoder's; the rest is the one of `source`, whose latents it has to have been
-    trained for (`training.from_bundle`). Raises BacklineError as load_bundle and replace_graph,
-    FileNotFoundError without a checkpoint, RuntimeError for other sizes.
+    run: a folder of `training.train_decoder` that has been trained for `source`'s latents
+    (`training.from_bundle`); None: the weights stay. share: of its weights in the decoder's; the rest is
+    `source`'s. steady: threshold of `steadied`, log mel, 0 for none; None: as in `source`. Raises
+    BacklineError as load_bundle and replace_graph, FileNotFoundError without a checkpoint, RuntimeError for
+    other sizes.
     """
     bundle = load_bundle(source)
-    vae = PatchVAE(PatchVAEConfig(**bundle.manifest.networks[GRAPH]))
+    networks = bundle.manifest.networks
+    config = PatchVAEConfig(**networks[GRAPH])
+    if steady is not None:
+        config = replace(config, steady=steady)
+    vae = PatchVAE(config)
     fill_in(vae.decoder, read_weights(bundle.path(f"{GRAPH}.onnx")))
-    with_decoder(vae, run, share)
-    before = bundle.manifest.provenance.get("training", {}).get("decoder", {})
+    manifest = bundle.manifest
+    if run is not None:
+        with_decoder(vae, run, share)
+        manifest = with_training(manifest, {"decoder": _spent(manifest, run) | {"share": share}})
+    update = {"version": version, "networks": networks | {GRAPH: asdict(config)}}
+    return replace_graph(bundle, manifest.model_copy(update=update), GRAPH, vae.decoder, out, force=force)
+
+
+def _spent(before: Manifest, run: Path) -> dict[str, float]:
+    """Steps and minutes of the decoder before and of the run."""
+    spent = before.provenance.get("training", {}).get("decoder", {})
     trained = describe_training({"decoder": run})["decoder"]
-    spent = {name: round(before.get(name, 0) + value, 1) for name, value in trained.items()}
-    manifest = with_training(bundle.manifest, {"decoder": spent | {"share": share}})
-    manifest = manifest.model_copy(update={"version": version})
-    return replace_graph(bundle, manifest, GRAPH, vae.decoder, out, force=force)
+    return {name: round(spent.get(name, 0) + value, 1) for name, value in trained.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     replacing_arguments(parser)
-    parser.add_argument("--run", type=Path, required=True, help="folder of training.train_decoder")
+    parser.add_argument("--run", type=Path, help="folder of training.train_decoder; without: the same weights")
     parser.add_argument(
         "--share", type=float, default=1.0, help="of it in the decoder's weights (%(default)s)"
     )
+    parser.add_argument(
+        "--steady", type=float, help="log mel: what moves less is averaged over frames (as it was)"
+    )
     args = parser.parse_args()
-    written = add_decoder(args.bundle, args.run, args.out, args.version, share=args.share, force=args.force)
+    if args.run is None and args.steady is None:
+        parser.error("--run or --steady")
+    options = {"run": args.run, "share": args.share, "steady": args.steady, "force": args.force}
+    written = add_decoder(args.bundle, args.out, args.version, **options)
     print(f"{args.out}: {written.provenance['export']['relative_error'][GRAPH]}")
 
 

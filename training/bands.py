@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from training.grooves import HELD_OUT, Groove, Score, play, role_of, spread
 from training.stems import STEMS
 
 RANGES = {"bass": (28, 55), "guitar": (40, 84), "piano": (33, 96)}  # MIDI pitches a player would use
+FIFTH_STRING = 23  # B0, of basses that have one
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,26 @@ def part_of(score: Score, stem: str, bpm: float) -> NDArray[np.float64]:
 def folded(notes: NDArray[np.float64], stem: str) -> NDArray[np.float64]:
     """The notes, changed in place: octaves moved into the range of the instrument."""
     if stem in RANGES and len(notes):
-        low, high = RANGES[stem]
-        pitch = notes[:, 2]
-        pitch = np.where(pitch < low, pitch + 12 * np.ceil((low - pitch) / 12), pitch)
-        notes[:, 2] = np.where(pitch > high, pitch - 12 * np.ceil((pitch - high) / 12), pitch)
+        notes[:, 2] = _within(notes[:, 2], *RANGES[stem])
     return notes
+
+
+def lowered(song: Song, rng: np.random.Generator) -> Song:
+    """The song with its bass played low: octaves moved into one and a half from the lowest string on.
+
+    MMA's basses hardly go below a Gb1, so a model that hears them alone never meets the lowest notes of a
+    bass. A fifth of the songs have five strings.
+    """
+    lowest = FIFTH_STRING if rng.random() < 0.2 else RANGES["bass"][0]
+    bass = song.notes["bass"].copy()
+    bass[:, 2] = _within(bass[:, 2], lowest, lowest + 11 + int(rng.integers(0, 9)))
+    return replace(song, notes=song.notes | {"bass": bass})
+
+
+def _within(pitch: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """Pitches moved by octaves between these, which are at least eleven semitones apart."""
+    pitch = np.where(pitch < low, pitch + 12 * np.ceil((low - pitch) / 12), pitch)
+    return np.where(pitch > high, pitch - 12 * np.ceil((pitch - high) / 12), pitch)
 
 
 def _humanised(notes: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.harmony import UNPITCHED
-from training.bands import Song, split_grooves, try_song
+from training.bands import Song, lowered, split_grooves, try_song
 from training.grooves import list_grooves
 from training.instruments import RATE
 from training.mel import GEOMETRY, log_mel, to_bytes
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="NAME", help="only sounds whose names begin so"
     )
+    parser.add_argument("--low-basses", action="store_true", help="basses play in their lowest octaves")
     parser.add_argument("--held-out", action="store_true", help="held-out grooves, TimGM6mb, no effects")
     parser.add_argument("--stems", action="store_true", help="keep audio of every render, 0.6 MB a second")
     args = parser.parse_args()
@@ -176,6 +177,8 @@ def main() -> None:
         if not path.with_suffix(".npy").exists():
             rng = np.random.default_rng(number)
             song = try_song(grooves, rng, forms=not args.held_out)
+            if args.low_basses:
+                song = lowered(song, np.random.default_rng([number, 1]))
             write(song, pool, path, args.renders, number % 3 == 0, args.held_out, rng, args.stems)
 
 
