@@ -206,7 +206,9 @@ def test_steadying_takes_the_pattern_of_patches_from_what_is_held_and_leaves_att
     struck[..., 20:, :] += 4
     kept = steadied(struck, 0.2)
     assert torch.allclose(kept, struck, atol=0.02)
-    assert torch.equal(steadied(held[..., :1, :], 0.2), held[..., :1, :]), "a single frame has nothing beside it"
+    assert torch.equal(steadied(held[..., :1, :], 0.2), held[..., :1, :]), (
+        "a single frame has nothing beside it"
+    )
 
 
 def test_the_vae_starts_half_whitened() -> None:

@@ -13,7 +13,7 @@ from engine.bundle import load_bundle
 from engine.manifest import Manifest
 from export.bundle_writer import replace_graph
 from export.patch_vae import PatchVAE, PatchVAEConfig
-from training.bundle import describe_training, replacing_arguments, with_training
+from training.bundle import replacing_arguments, with_more_training
 from training.from_bundle import fill_in, read_weights
 from training.train_decoder import with_decoder
 
@@ -48,16 +48,9 @@ def add_decoder(
     manifest = bundle.manifest
     if run is not None:
         with_decoder(vae, run, share)
-        manifest = with_training(manifest, {"decoder": _spent(manifest, run) | {"share": share}})
+        manifest = with_more_training(manifest, "decoder", run, share=share)
     update = {"version": version, "networks": networks | {GRAPH: asdict(config)}}
     return replace_graph(bundle, manifest.model_copy(update=update), GRAPH, vae.decoder, out, force=force)
-
-
-def _spent(before: Manifest, run: Path) -> dict[str, float]:
-    """Steps and minutes of the decoder before and of the run."""
-    spent = before.provenance.get("training", {}).get("decoder", {})
-    trained = describe_training({"decoder": run})["decoder"]
-    return {name: round(spent.get(name, 0) + value, 1) for name, value in trained.items()}
 
 
 def main() -> None:
@@ -65,7 +58,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     replacing_arguments(parser)
-    parser.add_argument("--run", type=Path, help="folder of training.train_decoder; without: the same weights")
+    parser.add_argument(
+        "--run", type=Path, help="folder of training.train_decoder; without: the same weights"
+    )
     parser.add_argument(
         "--share", type=float, default=1.0, help="of it in the decoder's weights (%(default)s)"
     )

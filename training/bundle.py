@@ -69,6 +69,14 @@ def with_training(manifest: Manifest, training: dict[str, dict[str, float]]) -> 
     return manifest.model_copy(update={"provenance": manifest.provenance | {"training": spent}})
 
 
+def with_more_training(manifest: Manifest, name: str, run: Path, **how: float) -> Manifest:
+    """`with_training` of a network that was trained on: the steps and minutes of both, and how it was."""
+    before = manifest.provenance.get("training", {}).get(name, {})
+    trained = describe_training({name: run})[name]
+    spent = {key: round(before.get(key, 0) + value, 1) for key, value in trained.items()}
+    return with_training(manifest, {name: spent | how})
+
+
 def with_distilled(sampling: Sampling, steps: int, normal: bool) -> Sampling:
     """Drafts in distilled steps, or with `normal` all but `best`, which is what was normal if not given."""
     few = Preset(sampler="distilled", steps=steps)
