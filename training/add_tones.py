@@ -1,4 +1,4 @@
-"""python -m training.add_tones: the tones of an encoder of training.train_vae -> a bundle, all else as it was."""
+"""python -m training.add_tones: what hears pitch classes -> a bundle that is there, all else as it was."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ makes of it a blur that is too quiet. So it learns from the latents that the UNe
 on when they start from true ones, with three errors: the distance to the true mel, that of its levels at
 several resolutions, and what a critic says that has heard true mels (hinge loss, Lim & Ye 2017, "Geometric
 GAN"), weighed as in Esser and others 2021, "Taming transformers", equation 7. Beside these it learns from
-true latents, as they are or with a little noise, so that it keeps what it could, and from sounds that are
-held: a decoder that writes four frames at a time draws a faint pattern in them, which is heard as a hum of
-21.5 Hz on whatever does not change by itself. Encoder and UNet stay as they are.
+true latents, as they are or with a little noise, so that it keeps what it could, from basses once more, and
+from sounds that are held: a decoder that writes four frames at a time draws a faint pattern in them, which is
+heard as a hum of 21.5 Hz on whatever does not change by itself. Encoder and UNet stay as they are.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from training.loop import (
     train,
 )
 from training.mel import FLOOR, GEOMETRY, LATENT_FRAMES
+from training.stems import STEMS
 from training.train_unet import (
     SCHEDULE,
     STATISTICS,
@@ -63,7 +64,8 @@ KEPT = 64  # and at random from the last ones,
 CROP = 32  # so many latent frames of it each time,
 ROWS = 10  # and so many stems that were made;
 WINDOWS = 3  # beside those of so many windows, and as many more that are held, as they are known,
-NOISY = 0.5  # of which a share gets noise,
+BASSES = 12  # and basses of more: their lowest notes differ only in a few bands, and are seldom played;
+NOISY = 0.5  # a share of what is known gets noise,
 NOISE = 0.8  # of up to this deviation: what many short steps leave is not exact either
 SLOWED = 16  # times, to hold what sounds
 LEVELS = ((4, 1), (16, 8), (64, GEOMETRY.n_mels))  # frames and bands over which magnitudes are averaged
@@ -72,11 +74,12 @@ CRITIC_PACE = 0.05  # of its error, so that its gradients are no larger than the
 CRITIC_SHARE = 2.5  # of a sure critic's pull on a mel, against that of the distance to the true one
 # Of each kind, the weight of its distance and of that of its changes: errors of what is known are small, and
 # are heard; what was made need not move as the true stem did.
-WEIGHTS = {"made": (1.0, 0.0), "known": (1.5, 0.3), "held": (1.0, 1.0)}
+WEIGHTS = {"made": (1.0, 0.0), "known": (1.5, 0.3), "held": (1.0, 1.0), "basses": (1.0, 0.0)}
 AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at the floor and estimates near it
 UNEVEN = 0.1  # deviation of noise on what the critic hears: stored mels have steps
 SCALE = 2.0  # log mels are divided by it
 WIDTHS = (16, 32, 64, 64)
+BASS = STEMS.index("bass")
 SOUNDING = -3.0  # a stem whose loudest band is above that plays
 
 Scores = tuple[torch.Tensor, torch.Tensor]  # of patches of mels, fine and coarse ones
@@ -325,12 +328,13 @@ def main() -> None:
     def loss(network: Rivals, step: int) -> tuple[torch.Tensor, Logs]:
         if step % REPEATS == 0 or not landings:
             landings.append(landing_of(next(batches), rng))
-        windows = draw(songs, 2 * WINDOWS, rng, frames=CROP * LATENT_FRAMES).mels.to(args.device)
+        windows = draw(songs, 2 * WINDOWS + BASSES, rng, frames=CROP * LATENT_FRAMES).mels.to(args.device)
         known = exact(encoder, windows[:WINDOWS].flatten(0, 1)[:, None])
         given = {
             "made": landings[int(rng.integers(len(landings)))].crop(rng),
             "known": noisy(known, rng),
-            "held": exact(encoder, held(windows[WINDOWS:], rng)),
+            "held": exact(encoder, held(windows[WINDOWS : 2 * WINDOWS], rng)),
+            "basses": exact(encoder, windows[-BASSES:, BASS][:, None]),
         }
         return rivals_loss(network, given, args.device)
 
