@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import ardour_session
 import numpy as np
@@ -211,6 +212,15 @@ def awaited(look: Callable[[], bool], seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.05)
     return look()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether Ardour has written an XML file to its end."""
+    try:
+        ElementTree.parse(path)
+    except (FileNotFoundError, ElementTree.ParseError):
+        return False
+    return True
 
 
 def select(host: ArdourHost, span: Span) -> None:
@@ -808,7 +818,7 @@ def test_ardour_wrote_its_own_actions_and_gets_them_back(
         install(config)
     song = ardour_session.new_session(studio.home / "songs" / "fifth", ["bass"])
     with ardour_session.ardour(song, studio.screen):
-        assert awaited((config / "ui_scripts").exists)
+        assert awaited(lambda: is_whole(config / "ui_scripts"))  # it is ended then, also in the middle of writing
     before = (config / "ui_scripts").read_bytes()
     assert install(config).slots[BRIDGE] == 32 and (config / "ui_scripts").read_bytes() != before
     with ardour_session.ardour(song, studio.screen) as running:
