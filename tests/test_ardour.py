@@ -818,7 +818,8 @@ def test_ardour_wrote_its_own_actions_and_gets_them_back(
         install(config)
     song = ardour_session.new_session(studio.home / "songs" / "fifth", ["bass"])
     with ardour_session.ardour(song, studio.screen):
-        assert awaited(lambda: is_whole(config / "ui_scripts"))  # it is ended then, also in the middle of writing
+        # Ardour is ended after that, in the middle of writing if need be
+        assert awaited(lambda: is_whole(config / "ui_scripts"))
     before = (config / "ui_scripts").read_bytes()
     assert install(config).slots[BRIDGE] == 32 and (config / "ui_scripts").read_bytes() != before
     with ardour_session.ardour(song, studio.screen) as running:

@@ -264,7 +264,8 @@ def test_beside_its_critic_the_decoder_nears_the_truth(batch: Batch, unet: StemU
 def test_without_anything_made_or_held_there_is_no_critic(rivals: Rivals) -> None:
     mels = FLOOR + 6 * torch.rand(2, 1, CROP * LATENT_FRAMES, GEOMETRY.n_mels)
     known, nothing = Pairs(torch.randn(2, Z, CROP, 1), mels), Pairs(torch.zeros(0, Z, CROP, 1), mels[:0])
-    loss, logs = rivals_loss(rivals, {"made": nothing, "known": known, "held": nothing, "basses": nothing}, "cpu")
+    given = {"made": nothing, "known": known, "held": nothing, "basses": nothing}
+    loss, logs = rivals_loss(rivals, given, "cpu")
     loss.backward()
     assert set(logs) == {"levels", "known", "known_changes"}
     assert all(weight.grad is not None and not weight.grad.any() for weight in rivals.critic.parameters())
