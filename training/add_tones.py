@@ -19,9 +19,10 @@ GRAPH = "vae_encoder"
 def add_tones(source: Path, run: Path, out: Path, version: str, *, force: bool = False) -> Manifest:
     """Write the bundle `out`: that of `source` with what hears pitch classes in its encoder from a folder.
 
-    run: of `training.train_vae --tones-only`, begun from `source`. The other latents stay as the UNet and the
-    decoder know them. Raises BacklineError as load_bundle and replace_graph, FileNotFoundError without a
-    checkpoint, ValueError for a bundle whose latents have no tones, RuntimeError for other sizes.
+    run: of `training.train_vae --tones-only`, begun from `source` by `training.from_bundle`. The other
+    latents stay as the UNet and the decoder know them. Raises BacklineError as load_bundle and replace_graph,
+    FileNotFoundError without a checkpoint, ValueError for a bundle whose latents have no tones, RuntimeError
+    for other sizes.
     """
     bundle = load_bundle(source)
     config = PatchVAEConfig(**bundle.manifest.networks[GRAPH])
@@ -31,7 +32,8 @@ def add_tones(source: Path, run: Path, out: Path, version: str, *, force: bool =
     trained = load_ema(run, PatchVAE(config)).encoder.state_dict()
     weights |= {name: tensor for name, tensor in trained.items() if name.startswith("tones.")}
     encoder = fill_in(PatchVAE(config).encoder, weights)
-    manifest = with_more_training(bundle.manifest, "tones", run).model_copy(update={"version": version})
+    manifest = with_more_training(bundle.manifest, "tones", run, begun_as="vae")
+    manifest = manifest.model_copy(update={"version": version})
     return replace_graph(bundle, manifest, GRAPH, encoder, out, force=force)
 
 

@@ -69,11 +69,17 @@ def with_training(manifest: Manifest, training: dict[str, dict[str, float]]) -> 
     return manifest.model_copy(update={"provenance": manifest.provenance | {"training": spent}})
 
 
-def with_more_training(manifest: Manifest, name: str, run: Path, **how: float) -> Manifest:
-    """`with_training` of a network that was trained on: the steps and minutes of both, and how it was."""
-    before = manifest.provenance.get("training", {}).get(name, {})
+def with_more_training(
+    manifest: Manifest, name: str, run: Path, begun_as: str | None = None, **how: float
+) -> Manifest:
+    """`with_training` of a network that was trained on: the steps and minutes of both, and how it was.
+
+    begun_as: the network whose training the folder went on with (`training.from_bundle`) and has in its log.
+    """
+    known = manifest.provenance.get("training", {})
+    before, begun = known.get(name, {}), known.get(begun_as, {})
     trained = describe_training({name: run})[name]
-    spent = {key: round(before.get(key, 0) + value, 1) for key, value in trained.items()}
+    spent = {key: round(before.get(key, 0) + value - begun.get(key, 0), 1) for key, value in trained.items()}
     return with_training(manifest, {name: spent | how})
 
 
