@@ -226,16 +226,15 @@ class Search(nn.Module):
         bins, mirrored = (places.flatten() for places in self.fft.places())
         natural = torch.from_numpy(np.unique(bins.numpy(), return_index=True)[1])
         table = torch.tensor(filters)[bins] / torch.bincount(bins)[bins, None]  # some are there twice
-        total = table.sum(1)
         sines = _lobes(torch.tensor(filters).T).T  # what each bin's sine is in the bands
         tables = {
             "order": bins,
             "natural": natural,
             "side": torch.where(mirrored, -1.0, 1.0),
             "table": table,
-            "share": torch.where(total > 0, 1 / total, 0),
+            "share": _share(table),
             "sines": sines,
-            "sines_share": torch.where(sines.sum(1) > 0, 1 / sines.sum(1), 0),
+            "sines_share": _share(sines),
             "window": torch.hann_window(n_fft),
         }
         for name, values in tables.items():
@@ -290,6 +289,7 @@ class Search(nn.Module):
         updates for the generalised Kullback-Leibler divergence (Lee and Seung 2001, theorem 2), from the
         geometric mean of the bands that each is in: it is small where one of them is.
         """
+        # a sine that is in no band begins at 1, and is gone after the first step
         loud = ((wanted + QUIET).log() @ self.sines.T * self.sines_share).exp()
         for _ in range(self.config.magnitude_steps):
             lacking = wanted / (loud @ self.sines + 1e-8)
@@ -323,6 +323,12 @@ class Search(nn.Module):
         shape = (*re.shape[:2], self.fft.a // 2 + 1, self.fft.b)
         frames = self.fft.inverse(re.reshape(shape), im.reshape(shape))
         return overlap_add(frames * (self.window / 1.5)).flatten(1)
+
+
+def _share(table: torch.Tensor) -> torch.Tensor:
+    """(places, bands) -> (places,): what makes a mean of a sum over a place's bands; 0 where it has none."""
+    total = table.sum(1)
+    return torch.where(total > 0, 1 / total, 0)
 
 
 def _lobes(sines: torch.Tensor) -> torch.Tensor:
