@@ -9,7 +9,6 @@ without a separator. Windows are those of bench.quality_curve.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from bench.machine import describe_machine
-from bench.quality_curve import FIRST_SEED, distance, fill_row
+from bench.quality_curve import FIRST_SEED, by_unet, distance, fill_row
 from bench.speed.peers import session_call
 from bench.speed.stages import stage_feeds
 from bench.timing import interleaved
@@ -74,11 +73,10 @@ def worth(model: Model, windows: list[Window]) -> dict[str, Any]:
     signals."""
     rows = {stem: fill_row(model, windows, stem, {}) for stem in STEMS}
 
-    by_unet = copy.copy(model)
-    by_unet.manifest = model.manifest.model_copy(update={"separator": None})
+    splitting = by_unet(model)
 
     def separate(window: Window, mix: Audio) -> Any:
-        take = split(by_unet, mix, settings=Settings(seed=1))
+        take = split(splitting, mix, settings=Settings(seed=1))
         return np.stack([take.stems[stem].samples[0] for stem in STEMS])
 
     return {

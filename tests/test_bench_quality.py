@@ -200,6 +200,12 @@ def test_novelty_stands_beside_the_same_songs_in_the_sounds_of_training(
     assert band._novelty(bands, None, []).value is None
 
 
+def test_what_is_rendered_side_by_side_says_how_far_it_is() -> None:
+    seen: list[float] = []
+    assert list(windows._in_parallel(abs, [-1, 2, -3, 4], seen.append)) == [1, 2, 3, 4]
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
 def test_missing_programs_are_named_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows.shutil, "which", lambda name: None)
     with pytest.raises(BacklineError, match="MMA is missing: install Debian's mma"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from training.train_decoder import (
     Landing,
     Pairs,
     Rivals,
+    as_before,
     change_error,
     compare,
     compare_held,
@@ -271,6 +273,30 @@ def test_without_anything_made_or_held_there_is_no_critic(rivals: Rivals) -> Non
     assert all(weight.grad is not None and not weight.grad.any() for weight in rivals.critic.parameters())
 
 
+def test_what_is_kept_has_no_critic_and_holds_the_decoder_where_it_began(
+    batch: Batch, unet: StemUNet, rivals: Rivals
+) -> None:
+    given = pairs_of(batch, unet, 2)
+    began_as = copy.deepcopy(rivals.decoder)
+    kept = as_before(began_as, given.pop("made"))
+    moved = {}
+    for name, kinds in (("kept", given | {"kept": kept}), ("free", given)):
+        learner = copy.deepcopy(rivals)
+        optimiser = torch.optim.Adam(learner.parameters(), lr=1e-3)
+        for _ in range(25):
+            loss, logs = rivals_loss(learner, kinds, "cpu")
+            assert "critic" not in logs
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            moved[name] = (learner.decoder(kept.latents) - kept.mels).abs().mean().item()
+            near = (learner.decoder(given["basses"].latents) - given["basses"].mels).abs().mean()
+            was = (began_as(given["basses"].latents) - given["basses"].mels).abs().mean()
+        assert near < 0.95 * was, "and the basses are learned beside it"
+    assert 0 < moved["kept"] < 0.7 * moved["free"]
+
+
 def test_levels_are_those_of_magnitudes() -> None:
     mel = FLOOR + 4 + torch.rand(2, 1, 128, GEOMETRY.n_mels)
     assert level_error(mel, mel) == 0
@@ -313,19 +339,17 @@ def test_a_bundle_takes_the_decoder_and_keeps_all_else(tiny_default_bundle: Path
     before = load_bundle(tiny_default_bundle)
     old = read_weights(before.path("vae_decoder.onnx"))
     torch.manual_seed(6)
-    trained = Rivals(PatchVAE(PatchVAEConfig(**before.manifest.networks["vae_decoder"])).decoder)
-    for weight in trained.decoder.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    write_checkpoint({"ema": trained.state_dict()}, tmp_path)
-    (tmp_path / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
-    made = add_decoder(tiny_default_bundle, tmp_path / "made", "9", run=tmp_path, share=0.25)
+    run = _trained(tmp_path, before.manifest)
+    vae = with_decoder(PatchVAE(PatchVAEConfig(**before.manifest.networks["vae_decoder"])), run)
+    made = add_decoder(tiny_default_bundle, tmp_path / "made", "9", run=run, share=0.25)
     changed = {name for name in made.files if made.files[name] != before.manifest.files[name]}
     assert changed == {"vae_decoder.onnx"} and made.files.keys() == before.manifest.files.keys()
     assert made.provenance["training"]["decoder"] == {"steps": 5, "minutes": 1.3, "share": 0.25}
     found = read_weights(tmp_path / "made" / "vae_decoder.onnx")
-    for name, weight in trained.decoder.state_dict().items():
+    for name, weight in vae.decoder.state_dict().items():
+        assert not torch.allclose(old[name], weight, atol=1e-2), "they can be told apart"
         assert torch.allclose(found[name], 0.75 * old[name] + 0.25 * weight, atol=1e-3), name
-    again = add_decoder(tmp_path / "made", tmp_path / "again", "10", run=tmp_path)
+    again = add_decoder(tmp_path / "made", tmp_path / "again", "10", run=run)
     spent = {"steps": 10, "minutes": 2.6, "share": 1.0}
     assert again.provenance["training"]["decoder"] == spent, "trained from the one before"
 
@@ -360,6 +384,8 @@ def test_add_decoder_wants_something_to_change(
 def _trained(run: Path, manifest: Manifest) -> Path:
     """The folder, with a checkpoint of a decoder for that manifest's bundle."""
     trained = Rivals(PatchVAE(PatchVAEConfig(**manifest.networks["vae_decoder"])).decoder)
+    for weight in trained.decoder.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
     write_checkpoint({"ema": trained.state_dict()}, run)
     (run / "log.jsonl").write_text('{"step": 5, "minutes": 1.26}\n')
     return run

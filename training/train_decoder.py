@@ -8,6 +8,10 @@ GAN"), weighed as in Esser and others 2021, "Taming transformers", equation 7. B
 true latents, as they are or with a little noise, so that it keeps what it could, from basses once more, and
 from sounds that are held: a decoder that writes four frames at a time draws a faint pattern in them, which is
 heard as a hum of 21.5 Hz on whatever does not change by itself. Encoder and UNet stay as they are.
+
+With --keep-made nothing new is learned of what the sampler leaves: what the decoder made of it at the start
+is its target, and there is no critic (Li & Hoiem 2016, "Learning without forgetting"). So it takes up sounds
+that it did not know, and plays what is generated as it did.
 """
 
 from __future__ import annotations
@@ -73,8 +77,14 @@ LEVEL_WEIGHT = 0.5
 CRITIC_PACE = 0.05  # of its error, so that its gradients are no larger than the decoder's
 CRITIC_SHARE = 2.5  # of a sure critic's pull on a mel, against that of the distance to the true one
 # Of each kind, the weight of its distance and of that of its changes: errors of what is known are small, and
-# are heard; what was made need not move as the true stem did.
-WEIGHTS = {"made": (1.0, 0.0), "known": (1.5, 0.3), "held": (1.0, 1.0), "basses": (1.0, 0.0)}
+# are heard; what was made need not move as the true stem did, but what is kept does as it did.
+WEIGHTS = {
+    "made": (1.0, 0.0),
+    "known": (1.5, 0.3),
+    "held": (1.0, 1.0),
+    "basses": (1.0, 0.0),
+    "kept": (1.5, 0.5),
+}
 AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at the floor and estimates near it
 UNEVEN = 0.1  # deviation of noise on what the critic hears: stored mels have steps
 SCALE = 2.0  # log mels are divided by it
@@ -157,6 +167,12 @@ def exact(vae: PatchVAE, mels: torch.Tensor) -> Pairs:
     return Pairs(vae.moments(mels)[0], mels)
 
 
+@torch.no_grad()
+def as_before(decoder: Decoder, pairs: Pairs) -> Pairs:
+    """The same latents with what that decoder makes of them in place of the true mels."""
+    return Pairs(pairs.latents, decoder(pairs.latents))
+
+
 def noisy(pairs: Pairs, rng: np.random.Generator) -> Pairs:
     """The same with noise on the latents of a share of NOISY, of deviations up to NOISE."""
     count = len(pairs.latents)
@@ -219,9 +235,10 @@ def distance(estimates: dict[str, torch.Tensor], mels: dict[str, torch.Tensor]) 
     """What the decoder minimises without a critic: `reconstruction` and changes of each kind, and levels."""
     logs = {"levels": level_error(torch.cat([*estimates.values()]), torch.cat([*mels.values()]))}
     error = LEVEL_WEIGHT * logs["levels"]
-    for name, (near, moving) in WEIGHTS.items():
+    for name in estimates:
         if not len(mels[name]):
             continue
+        near, moving = WEIGHTS[name]
         logs[name] = reconstruction(estimates[name], mels[name])
         error = error + near * logs[name]
         if moving:
@@ -233,7 +250,7 @@ def distance(estimates: dict[str, torch.Tensor], mels: dict[str, torch.Tensor]) 
 def rivals_loss(rivals: Rivals, given: dict[str, Pairs], device: str) -> tuple[torch.Tensor, Logs]:
     """The decoder's errors, which do not move the critic, and the critic's, which do not move the decoder.
 
-    given: pairs of each kind of WEIGHTS. What was made has a critic. Its pull is measured on the mel, so that
+    given: pairs of kinds of WEIGHTS. What was made has a critic. Its pull is measured on the mel, so that
     how steep it is does not matter, and counts by how well it can tell.
     """
     mels = {name: pairs.mels for name, pairs in given.items()}
@@ -242,8 +259,8 @@ def rivals_loss(rivals: Rivals, given: dict[str, Pairs], device: str) -> tuple[t
     parts = estimate.split([len(mel) for mel in mels.values()])
     estimates = dict(zip(given, parts, strict=True))
     error, logs = distance(estimates, mels)
-    made, true = estimates["made"], mels["made"]
-    if not len(made):
+    made, true = estimates.get("made"), mels.get("made")
+    if made is None or not len(made):
         # every worker of `train` has to have a gradient of each weight
         return error + 0 * sum(weight.sum() for weight in rivals.critic.parameters()), logs
     shown = made.detach().requires_grad_(True)
@@ -307,6 +324,9 @@ def main() -> None:
         "--runs", type=Path, required=True, help="folder with vae/, towers/, unet/ and distilled/"
     )
     parser.add_argument("--loaders", type=int, default=1, help="processes that draw and encode windows")
+    parser.add_argument(
+        "--keep-made", action="store_true", help="what is generated stays as runs/vae makes it; no critic"
+    )
     args = parser.parse_args()
     worker = join_workers()
     config = loop_config(args)
@@ -319,7 +339,7 @@ def main() -> None:
     stream = BatchStream(args.data / "train", frozen, args.batch, args.seed + worker, shares=SHARES)
     batches = iter(DataLoader(stream, batch_size=None, num_workers=args.loaders))
     landings: deque[Landing] = deque(maxlen=KEPT)
-    encoder = copy.deepcopy(frozen.vae).to(args.device)
+    began_as = copy.deepcopy(frozen.vae).to(args.device)
 
     def landing_of(batch: Batch, rng: np.random.Generator) -> Landing:
         start = STARTS[int(rng.integers(len(STARTS)))]
@@ -329,13 +349,17 @@ def main() -> None:
         if step % REPEATS == 0 or not landings:
             landings.append(landing_of(next(batches), rng))
         windows = draw(songs, 2 * WINDOWS + BASSES, rng, frames=CROP * LATENT_FRAMES).mels.to(args.device)
-        known = exact(encoder, windows[:WINDOWS].flatten(0, 1)[:, None])
+        known = exact(began_as, windows[:WINDOWS].flatten(0, 1)[:, None])
+        made = landings[int(rng.integers(len(landings)))].crop(rng)
         given = {
-            "made": landings[int(rng.integers(len(landings)))].crop(rng),
             "known": noisy(known, rng),
-            "held": exact(encoder, held(windows[WINDOWS : 2 * WINDOWS], rng)),
-            "basses": exact(encoder, windows[-BASSES:, BASS][:, None]),
+            "held": exact(began_as, held(windows[WINDOWS : 2 * WINDOWS], rng)),
+            "basses": exact(began_as, windows[-BASSES:, BASS][:, None]),
         }
+        if args.keep_made:
+            given["kept"] = as_before(began_as.decoder, made)
+        else:
+            given["made"] = made
         return rivals_loss(network, given, args.device)
 
     @torch.no_grad()
@@ -346,7 +370,7 @@ def main() -> None:
                 windows = draw(held_out, 8, generator, augment=False, frames=FRAMES // 2)
                 batch = make_batch(windows, frozen, generator, shares=SHARES)
                 rows.append(compare(network.decoder, landing_of(batch, generator)))
-                steady = exact(encoder, held(windows.mels[:, :, : CROP * LATENT_FRAMES], generator))
+                steady = exact(began_as, held(windows.mels[:, :, : CROP * LATENT_FRAMES], generator))
                 rows.append(compare_held(network.decoder, steady))
         return means(rows)
 

@@ -30,6 +30,7 @@ PARTS = {
     "cost": 0.05,
 }  # and their shares of the time
 RENDERING = 1 - sum(PARTS.values())
+FAMILIAR = 0.1  # of generate's share, to render what its bands are told apart from
 FEWEST, MOST = 2, 512
 KEPT = ".quality_parts.json"
 
@@ -99,8 +100,9 @@ def _measured(part: str, model: Model, held: list[Held], options: Options, tick:
         familiar: list[Window] = []
         if options.data is not None and options.samples is not None:
             grooves = options.grooves or default_grooves()
-            familiar = render_familiar(options.windows, grooves, options.samples)
-        return band.measure(model, held, options.data, tick, familiar)
+            rendering = _stretch(tick, 0.0, FAMILIAR)
+            familiar = render_familiar(options.windows, grooves, options.samples, rendering)
+        return band.measure(model, held, options.data, _stretch(tick, FAMILIAR, 1.0), familiar)
     if part == "sound":
         return sound.measure(model, windows, tick)
     tick(0.0)
@@ -121,6 +123,10 @@ def _check(options: Options) -> None:
 
 def _tick(report: Say, part: str, start: float) -> Tick:
     return lambda fraction: report(part, start + PARTS[part] * min(1.0, fraction))
+
+
+def _stretch(tick: Tick, start: float, end: float) -> Tick:
+    return lambda fraction: tick(start + (end - start) * fraction)
 
 
 def _fingerprint(model: Model, options: Options) -> str:

@@ -55,20 +55,18 @@ def render(count: int, grooves: Path, report: Callable[[float], None]) -> list[H
     grooves.parent.mkdir(parents=True, exist_ok=True)
     list_grooves(grooves)  # once, before the workers
     seeds = [FIRST_SEED + i for i in range(count)]
-    made: list[Held] = []
-    for held in _in_parallel(partial(_render_one, grooves=grooves), seeds):
-        made.append(held)
-        report(len(made) / count)
-    return made
+    return list(_in_parallel(partial(_render_one, grooves=grooves), seeds, report))
 
 
-def render_familiar(count: int, grooves: Path, samples: Path) -> list[Window]:
-    """The songs of `render` in the sounds of training. samples: their folder.
+def render_familiar(
+    count: int, grooves: Path, samples: Path, report: Callable[[float], None]
+) -> list[Window]:
+    """The songs of `render` in the sounds of training. samples: their folder. report: fraction done.
 
     A song is drawn before its sounds, so the notes are the same, unless a stem is silent in these.
     """
     seeds = [FIRST_SEED + i for i in range(count)]
-    return list(_in_parallel(partial(_render_familiar, grooves=grooves, samples=samples), seeds))
+    return list(_in_parallel(partial(_render_familiar, grooves=grooves, samples=samples), seeds, report))
 
 
 def _render_familiar(seed: int, grooves: Path, samples: Path) -> Window:
@@ -87,12 +85,16 @@ def _render_one(seed: int, grooves: Path) -> Held:
     return Held(cut, fitted_tempo(whole.mixture))
 
 
-def _in_parallel(work: Callable[[int], Rendered], seeds: list[int]) -> Iterator[Rendered]:
+def _in_parallel(
+    work: Callable[[int], Rendered], seeds: list[int], report: Callable[[float], None]
+) -> Iterator[Rendered]:
     workers = min(len(seeds), available_cores())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(2, signal.SIG_IGN))
     try:
-        yield from pool.map(work, seeds)
+        for done, made in enumerate(pool.map(work, seeds), 1):
+            yield made
+            report(done / len(seeds))
     finally:
         pool.shutdown(cancel_futures=True)
 
