@@ -82,7 +82,7 @@ WEIGHTS = {
     "made": (1.0, 0.0),
     "known": (1.5, 0.3),
     "held": (1.0, 1.0),
-    "basses": (1.0, 0.0),
+    "basses": (2.0, 0.0),
     "kept": (1.5, 0.5),
 }
 AUDIBLE = 0.3  # above the floor: what the critic hears, as stored mels end at the floor and estimates near it
