@@ -564,7 +564,7 @@ def test_ardour_recording_is_never_touched(host: ArdourHost, user: User) -> None
     user.send("/rec_enable_toggle")
     assert awaited(lambda: lua(host, "return Session:record_status() == ARDOUR.Session.RecordState.Enabled"))
     user.send("/transport_play")
-    assert awaited(lambda: host.look().recording)
+    assert awaited(lambda: host.look().recording), host.look()
     strummer = Strummer(lambda: time.sleep(1.2))
     with pytest.raises(BacklineError, match="Ardour is recording"):
         fill(host, strummer, span=PLAYING, seed=1)
