@@ -259,10 +259,10 @@ def rivals_loss(rivals: Rivals, given: dict[str, Pairs], device: str) -> tuple[t
     parts = estimate.split([len(mel) for mel in mels.values()])
     estimates = dict(zip(given, parts, strict=True))
     error, logs = distance(estimates, mels)
-    made, true = estimates.get("made"), mels.get("made")
-    if made is None or not len(made):
+    if not len(mels.get("made", ())):
         # every worker of `train` has to have a gradient of each weight
         return error + 0 * sum(weight.sum() for weight in rivals.critic.parameters()), logs
+    made, true = estimates["made"], mels["made"]
     shown = made.detach().requires_grad_(True)
     with mixed_precision(device):
         unreal, real = rivals.critic(shown), rivals.critic(true)
